@@ -1,0 +1,394 @@
+"""A Llama / Qwen decoder in plain PyTorch, leaf to root: norm, rotary embedding, attention, MLP, layer, decoder, model.
+
+One token through this file:
+    its id picks a row of `embed_tokens`: a vector of width d
+    every layer adds two corrections to that vector:
+        attention: what earlier tokens have to say (`RMSNorm`, q/k/v projections, rotation by position, softmax, `o_proj`)
+        MLP:       what this token makes of it     (`RMSNorm`, down(silu(gate) * up))
+    a last `RMSNorm` gives the hidden state h, which is where SLOT cuts in:
+        hidden = lm.model(tokens, cache)        (B, T, d)
+        logits = lm.lm_head(hidden)             (B, T, V)
+Llama, Qwen2 and Qwen3 differ in four switches only: bias on q/k/v, norm on q/k, rope scaling, and whether the head is tied.
+All names (`q_proj`, `input_layernorm`, ...) are the checkpoint's own: a name in the file leads to the line that uses it.
+
+Letters: B batch, T new tokens, S all tokens so far (cached + new), d width, H query heads, K key/value heads, D head_dim,
+V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from checks import read_json, show
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Config:
+    """What config.json says of the mathematics. Field names are the file's; `from_folder` implements or refuses each."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    qkv_bias: bool          # Qwen2: always. Llama, Qwen3: `attention_bias`
+    o_bias: bool            # Llama, Qwen3: `attention_bias`. Qwen2: never
+    mlp_bias: bool          # Llama: `mlp_bias`
+    qk_norm: bool           # Qwen3
+    rope: dict              # rope_type, rope_theta and what that type needs; see rope_frequencies
+    dtype: str | None       # what the file calls `torch_dtype` or `dtype`
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Read `folder`/config.json, in the spelling of transformers 4 or 5. Raises ValueError naming the field."""
+        path = Path(folder) / "config.json"
+        raw = read_json(path)
+
+        def fail(name, why):
+            raise ValueError(f"{show(path, 160)}: {name} is {show(raw.get(name), 80)}; {why}")
+
+        def size(name, default=REQUIRED, most=1 << 24):
+            value = raw.get(name)
+            value = default if value is None else value
+            if type(value) is not int or not 0 < value <= most:                 # `type`: True is an int to isinstance
+                fail(name, f"needs an integer from 1 to {most:,}")
+            return value
+
+        def flag(name, default=REQUIRED):
+            value = raw.get(name)
+            value = default if value is None else value
+            return value if type(value) is bool else fail(name, "needs true or false")
+
+        family, kinds = raw.get("model_type"), raw.get("architectures")
+        if not isinstance(family, str) or family not in FAMILIES:
+            fail("model_type", f"only {', '.join(FAMILIES)} are implemented")
+        if kinds not in (None, [FAMILIES[family]]):
+            fail("architectures", f"{family} is implemented as [{FAMILIES[family]!r}] only")
+        if raw.get("hidden_act") not in ("silu", "swish"):                      # two names of one function
+            fail("hidden_act", "only silu is implemented")
+        if raw.get("quantization_config") is not None:
+            fail("quantization_config", "quantised weights are not implemented; use the unquantised model")
+        if raw.get("partial_rotary_factor") not in (None, 1):
+            fail("partial_rotary_factor", "only whole-head rotation (1.0) is implemented")
+
+        layers, heads, width = size("num_hidden_layers", most=4096), size("num_attention_heads"), size("hidden_size")
+        # Where the family's papers fix a value the file may leave it out; what they do not fix is never guessed.
+        kv_heads = size("num_key_value_heads", heads if family == "llama" or "num_key_value_heads" in raw else REQUIRED)
+        head_dim = size("head_dim", max(width // heads, 1) if family != "qwen3" else REQUIRED)
+        if heads % kv_heads:
+            fail("num_key_value_heads", f"must divide num_attention_heads {heads}")
+        if raw.get("head_dim") is None and width % heads:
+            fail("num_attention_heads", f"must divide hidden_size {width}, or config.json must give head_dim")
+        if head_dim % 2:
+            fail("head_dim", f"rotary embedding needs an even head size, this one is {head_dim}")
+
+        # A window hides old tokens from layers >= max_window_layers: harmless only if no layer is one of those.
+        kinds = raw.get("layer_types")
+        if kinds is not None and kinds != ["full_attention"] * layers:
+            fail("layer_types", "only full_attention, once for every layer, is implemented")
+        if flag("use_sliding_window", False) and kinds is None and raw.get("sliding_window") is not None \
+                and size("max_window_layers", 0) < layers:
+            fail("use_sliding_window", "sliding-window attention is not implemented")
+
+        eps = raw.get("rms_norm_eps")
+        if type(eps) not in (int, float) or not 0 < eps < 1:
+            fail("rms_norm_eps", "needs a number between 0 and 1")
+        dtype = raw.get("dtype") if raw.get("dtype") is not None else raw.get("torch_dtype")
+        dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+        if dtype not in (None, "float64", *DTYPES):
+            fail("dtype" if raw.get("dtype") is not None else "torch_dtype", f"implemented are {', '.join(DTYPES)}")
+        bias = flag("attention_bias", False) if family != "qwen2" else False
+        return cls(
+            vocab_size=size("vocab_size"), hidden_size=width, intermediate_size=size("intermediate_size"),
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+            max_position_embeddings=size("max_position_embeddings", most=1 << 30), rms_norm_eps=eps, tie_word_embeddings=flag("tie_word_embeddings", False),
+            qkv_bias=family == "qwen2" or bias, o_bias=bias, mlp_bias=flag("mlp_bias", False) and family == "llama",
+            qk_norm=family == "qwen3", rope=read_rope(path, raw), dtype=dtype)
+
+
+def read_rope(path, raw):
+    """The rotary parameters of config.json as one flat dict: `rope_parameters` (transformers 5), or `rope_theta` beside
+    `rope_scaling` (transformers 4, where "type" may stand for "rope_type"). Raises ValueError naming the field."""
+    def fail(name, why):
+        value = rope.get(name, raw.get(name))
+        found = "missing" if value is None else f"is {show(value, 80)}"
+        raise ValueError(f"{show(path, 160)}: {name if name in raw else f'{place}.{name}'} {found}; {why}")
+
+    def number(name, default=None, least=0.0):
+        value = default if rope.get(name) is None else rope[name]
+        if type(value) not in (int, float) or not least < value < 1e12:
+            fail(name, f"needs a number above {least:g}")
+        return value
+
+    spellings = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name) not in (None, {})]
+    place = spellings[0] if spellings else "rope_scaling"
+    rope = raw[place] if spellings else {}
+    if not isinstance(rope, dict) or any(raw[name] != rope for name in spellings):
+        rope = {}
+        fail(place, "needs one object of rotary parameters")
+    for name in ("rope_theta", "original_max_position_embeddings"):             # may stand beside the object or in it
+        if raw.get(name) is not None and rope.get(name, raw[name]) != raw[name]:
+            fail(name, f"{place} says {show(rope[name])}; make them agree")
+        rope = {name: raw.get(name)} | rope
+    kind = rope.get("rope_type") or rope.get("type") or ("default" if "factor" not in rope else None)
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        rope = {"rope_type": kind}
+        fail("rope_type", "implemented are default, linear, llama3, yarn")
+    for name in ("partial_rotary_factor", "mrope_section"):
+        if rope.get(name) not in (None, 1):
+            fail(name, "not implemented")
+    # Llama 2 was published before the field existed and means 10,000. For the others a missing base would be a guess.
+    old_llama = raw["model_type"] == "llama" and kind in ("default", "linear")
+    found = {"rope_type": kind, "rope_theta": number("rope_theta", 10000.0 if old_llama else None, least=1.0)}
+    if kind != "default":
+        found["factor"] = number("factor")
+    if kind in ("llama3", "yarn"):
+        found["original_max_position_embeddings"] = number("original_max_position_embeddings")
+    if kind == "llama3":
+        found["low_freq_factor"] = low = number("low_freq_factor")
+        found["high_freq_factor"] = number("high_freq_factor", least=low)
+    if kind == "yarn":
+        found |= {"beta_fast": number("beta_fast", 32), "beta_slow": number("beta_slow", 1)}
+        found |= {k: number(k) for k in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(k) is not None}
+        found["truncate"] = rope.get("truncate", True)
+        if type(found["truncate"]) is not bool:
+            fail("truncate", "needs true or false")
+    return found
+
+
+def rope_frequencies(config):
+    """-> inv_freq (D/2,) float32: radians per position of every pair of dimensions; and a factor on both cos and sin.
+
+    default: theta^(-2i/D) (RoFormer, arXiv 2104.09864). The others stretch a model to longer prompts than it was trained on:
+    linear slows every pair; llama3 only the slow ones, with a smooth passage; yarn (arXiv 2309.00071, section 3) likewise by
+    counting the turns that a pair makes over the original length, and sharpens attention by the factor.
+    """
+    rope, D, base = config.rope, config.head_dim, config.rope["rope_theta"]
+    inv_freq = 1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
+    if rope["rope_type"] == "linear":
+        return inv_freq / rope["factor"], 1.0
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)     # over the original length
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)       # 1: a fast pair stays as it is; 0: a slow one is slowed down
+        return keep * inv_freq + (1 - keep) * inv_freq / rope["factor"], 1.0
+    if rope["rope_type"] == "yarn":
+        def pair_with_turns(n):     # the (fractional) index of the pair that turns n times over the original length
+            return D * math.log(rope["original_max_position_embeddings"] / (n * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = pair_with_turns(rope["beta_fast"]), pair_with_turns(rope["beta_slow"])
+        if rope["truncate"]:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        high += 0.001 * (low == high)
+        keep = 1 - ((torch.arange(D // 2, device="cpu") - low) / (high - low)).clamp(0, 1)
+        # get_mscale of the paper's code; the pair mscale/mscale_all_dim (DeepSeek) counts only when both are given.
+        sharpen = lambda m: 0.1 * m * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+        both = "mscale" in rope and "mscale_all_dim" in rope
+        factor = sharpen(rope["mscale"]) / sharpen(rope["mscale_all_dim"]) if both else sharpen(1)
+        return keep * inv_freq + (1 - keep) * inv_freq / rope["factor"], rope.get("attention_factor", factor)
+    return inv_freq, 1.0
+
+
+class RotaryEmbedding(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        inv_freq, self.scale = rope_frequencies(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)            # follows .to(device), is in no file
+
+    def forward(self, positions):
+        """positions (B or 1, T) -> cos, sin, each (B or 1, 1, T, D), float32 whatever the model's dtype: angles reach the
+        thousands, where bfloat16 knows whole numbers at best."""
+        angles = positions[:, None, :, None] * self.inv_freq                    # (B, 1, T, D/2)
+        angles = torch.cat((angles, angles), dim=-1)                            # (B, 1, T, D)
+        return angles.cos() * self.scale, angles.sin() * self.scale
+
+
+def rotate(x, cos, sin):
+    """Turn every pair of dimensions (i, i + D/2) of x (B, heads, T, D) by its angle.
+
+    Two layouts exist. The RoPE paper and Meta's own files pair neighbours (2i, 2i+1). Hugging Face checkpoints, which this
+    project reads, have the rows of q_proj and k_proj permuted already so that pairs lie half a head apart: rotate halves.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ (+ b), as nn.Linear, but left without initial values: they come from a file (or from tiny/train.py)."""
+    def __init__(self, inputs, outputs, bias=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        x32 = x.float()                                                         # squares overflow float16
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every layer for up to `max_len` tokens, allocated once, and how many are filled (`pos`).
+
+    `k`, `v`: (layers, B, K, max_len, D) - the key/value heads only, not repeated for every query head. A forward pass writes
+    its T new tokens at pos..pos+T in place and moves `pos` on once, after the last layer.
+    `mask` (B, max_len) bool, or None when no row is padded: True where a token counts.
+    """
+    def __init__(self, config, batch_size, max_len, device="cpu", dtype=torch.float32):
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_len, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.max_len, self.pos, self.mask = max_len, 0, None
+
+    def update(self, layer, k, v):
+        """Write k, v (B, K, T, D) of one layer behind the cached ones -> views of all S = pos + T, (B, K, S, D)."""
+        end = self.pos + k.shape[2]
+        self.k[layer, :, :, self.pos:end] = k
+        self.v[layer, :, :, self.pos:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        d, D, qkv_bias = config.hidden_size, config.head_dim, config.qkv_bias
+        self.layer, self.D = layer, D
+        self.q_proj = Linear(d, config.num_attention_heads * D, bias=qkv_bias)
+        self.k_proj = Linear(d, config.num_key_value_heads * D, bias=qkv_bias)
+        self.v_proj = Linear(d, config.num_key_value_heads * D, bias=qkv_bias)
+        self.o_proj = Linear(config.num_attention_heads * D, d, bias=config.o_bias)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, mask, cache):
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.D)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.D)).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.D).transpose(1, 2)               # (B, K, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)                               # (B, K, S, D)
+        if T == 1:
+            # H/K query heads share one key/value head. With one token and no order among queries they can stand where
+            # torch expects a sequence of queries: the keys are read once, and nothing is repeated in memory.
+            out = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.D), k, v, attn_mask=mask)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(out.reshape(B, -1, T, self.D).transpose(1, 2).reshape(B, T, -1))     # (B, T, d)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(d, inner, bias=bias)
+        self.up_proj = Linear(d, inner, bias=bias)
+        self.down_proj = Linear(inner, d, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        shape = config.vocab_size, config.hidden_size
+        self.embed_tokens = nn.Embedding(*shape, _weight=torch.empty(shape))     # `_weight`: without initial values
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+
+    def forward(self, tokens, cache=None, mask=None):
+        """tokens (B, T) int64 -> hidden (B, T, d) after the final norm: what SLOT calls h.
+
+        With a `cache` the tokens continue what it holds, and it is advanced by T. `mask` (B, T) bool, True = a real token:
+        for batches of prompts of different length. Padding may stand anywhere; put it to the left, so that the last column
+        is the last token of every row and all rows write the same column of the cache while decoding.
+        """
+        B, T = tokens.shape
+        past = cache.pos if cache is not None else 0
+        if cache is not None and past + T > cache.max_len:
+            raise ValueError(f"KVCache: {past} + {T} tokens do not fit in max_len {cache.max_len}; allocate a longer cache")
+        positions, mask = self.positions_and_mask(B, T, past, cache, mask, tokens.device)
+        cos, sin = self.rotary_emb(positions)
+        x = self.embed_tokens(tokens)                                           # (B, T, d)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.pos = past + T
+        return self.norm(x)
+
+    def positions_and_mask(self, B, T, past, cache, mask, device):
+        """-> positions (B or 1, T), and what attention may see: None, or bool (B or 1, 1, T, S)."""
+        if mask is not None and cache is not None and cache.mask is None:
+            cache.mask = torch.ones(B, cache.max_len, dtype=torch.bool, device=device)
+        if cache is not None and cache.mask is not None:
+            if mask is not None:
+                cache.mask[:, past:past + T] = mask
+            mask = cache.mask[:, :past + T]                                     # (B, S)
+        if mask is None:
+            positions = torch.arange(past, past + T, device=device)[None]       # (1, T)
+            # One token sees all keys; T tokens on an empty cache are the causal triangle, for which torch has a fast path.
+            # Only T > 1 tokens behind a filled cache need a mask of their own: `is_causal` aligns its triangle to the top
+            # left, so the first of them would see key 0 alone, when it may see all `past` keys and itself.
+            if T == 1 or past == 0:
+                return positions, None
+        else:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]            # (B, T): padding does not count
+        queries = torch.arange(past, past + T, device=device)[:, None]          # (T, 1)
+        keys = torch.arange(past + T, device=device)                            # (S,)
+        see = (keys <= queries)[None, None]                                     # (1, 1, T, S)
+        if mask is not None:                                                    # a padded query sees itself, or softmax is 0/0
+            see = see & (mask[:, None, None, :] | (keys == queries))
+        return positions, see
+
+
+class CausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.tie_weights()
+
+    def tie_weights(self):
+        """Small models save a matrix: the row that a token is read from is also the row that it is predicted by."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens, cache=None, mask=None):
+        """The two halves in one call: tokens (B, T) -> logits (B, T, V). SLOT works between them."""
+        return self.lm_head(self.model(tokens, cache, mask))
