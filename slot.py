@@ -1,0 +1,165 @@
+"""SLOT (Hu et al. 2025, arXiv 2505.12392): fit one vector δ to a prompt at test time, then decode with it.
+
+    tokens ──► decoder ──► h (B, T, d) ──► h + δ ──► W ──► logits
+
+The decoder runs once. Its hidden states are constants from then on; the only unknown is δ, one vector per sample, fitted so
+that W(h + δ) predicts the prompt itself better. The same δ is then used for every token of the answer.
+
+    (1)  z_t = W (h_t + δ)                                      the model with δ; δ = 0 is the plain model
+    (2)  L(δ) = -1/(n-1) Σ_{t<n} log softmax(z_t)[x_{t+1}]      "Prompt Stage": what the steps minimise
+    (3)  δ ← AdamW(δ, ∇L)                                       for a few steps, from δ = 0
+    (4)  x_{t+1} ~ softmax(W (h_t + δ))                         "Generation Stage", from the last prompt position on
+
+    paper       here                    checkpoint                  shape
+    x           tokens                                              (B, T)
+    H           hidden                  output of model.norm        (B, T, d)
+    W_LM        lm_head                 lm_head.weight, or          (V, d)
+                                        model.embed_tokens.weight if the head is tied
+    δ           delta                                               (B, 1, d) float32
+    T, η        steps, lr               3, 0.01 in the paper's text; 5, 0.1 in its code
+    W_LM δ      lm_head(delta)                                      (B, 1, V)
+(Equations are numbered by this file; the stages are the paper's names.)
+
+Two functions with the same arguments and the same numbers. Read `optimize_delta`: it is the method. `optimize_delta_fast`
+is what generate.py runs: the same steps for a few matrix-vector products each, with bounded memory.
+
+What differs from the authors' public code, and why:
+  - one δ per sample over its own tokens; theirs is shared by a whole batch and fitted to the padding as well;
+  - only δ receives a gradient; theirs also accumulates one for the whole of W, and throws it away;
+  - W h is computed once; theirs multiplies by W again in every step;
+  - δ and the loss are float32 even in a bfloat16 model, where a step of 0.01 would vanish in the rounding of h.
+
+Letters: B batch, T tokens, d width, V vocabulary, n predicted tokens of one sample (T - 1 without padding).
+"""
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-5, 1e-8     # of the authors' AdamW
+
+
+def optimize_delta(hidden, tokens, lm_head, steps, lr, mask=None):
+    """Fit δ to each prompt: the readable form.
+
+    hidden (B, T, d): what the decoder made of `tokens` (B, T); constants here. lm_head: maps (..., d) to logits (..., V).
+    mask (B, T) bool, True = a token of the prompt; None = all. A pair (t, t+1) counts where both are.
+    -> delta (B, 1, d) float32, and losses (steps, B): the mean cross entropy of every sample *before* each step, in nats.
+    Raises ValueError for steps < 0, an lr that is not a positive number, or shapes that do not belong together.
+    """
+    targets, n = next_tokens(hidden, tokens, steps, lr, mask)               # (B, T-1), (B,)
+    dtype = next(lm_head.parameters()).dtype
+    with torch.no_grad():
+        # W(h + δ) = W h + W δ. The first part never changes, so it is computed once, outside the loop and outside autograd.
+        base = lm_head(hidden[:, :-1]).float()                              # (B, T-1, V)
+    delta = torch.zeros(hidden.shape[0], 1, hidden.shape[2], device=hidden.device, requires_grad=True)
+    optimizer = torch.optim.AdamW([delta], lr=lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    losses = []
+    for _ in range(steps):
+        logits = base + lm_head(delta.to(dtype)).float()                    # (B, T-1, V) + (B, 1, V)
+        nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")    # (B, T-1), 0 where nothing counts
+        loss = nll.sum(1) / n                                               # (B,)
+        # No sample's loss depends on another's δ: the gradient of the sum is every sample's own gradient.
+        delta.grad, = torch.autograd.grad(loss.sum(), delta)                # of δ alone, even if W is trainable
+        optimizer.step()
+        losses.append(loss.detach())
+    return delta.detach(), torch.stack(losses) if steps else torch.zeros(0, hidden.shape[0], device=hidden.device)
+
+
+def next_tokens(hidden, tokens, steps, lr, mask):
+    """Check the arguments -> targets (B, T-1): the token each position must predict, or -100 where nothing counts (which
+    cross_entropy ignores); and n (B,): how many count, at least 1."""
+    if hidden.ndim != 3 or tuple(tokens.shape) != tuple(hidden.shape[:2]) or hidden.shape[1] == 0:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and tokens {tuple(tokens.shape)} must be (B, T, d) and (B, T), T > 0")
+    if mask is not None and tuple(mask.shape) != tuple(tokens.shape):
+        raise ValueError(f"mask {tuple(mask.shape)} must have the shape of tokens {tuple(tokens.shape)}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps is {steps!r}; needs an integer of 0 or more")
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr is {lr!r}; needs a finite number above 0")
+    targets = tokens[:, 1:]
+    if mask is not None:
+        mask = mask.to(torch.bool)
+        targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
+    n = (targets != -100).sum(1)
+    if steps and bool((n == 0).any()):
+        warnings.warn("a prompt of one token has no next token to learn from: its δ stays 0", stacklevel=3)
+    return targets, n.clamp(min=1)
+
+
+@torch.no_grad()
+def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 << 30):
+    """Fit δ to each prompt: the same arguments and numbers as `optimize_delta`, without autograd.
+
+    `memory`: bound in bytes on what is kept and made on the way; what does not fit is made again in every step.
+
+    The gradient of (2) in closed form. Let z = W h and E = exp(z - max z) (n, V), once before the loop. In every step
+        b = W δ,  c = exp(b - max b)        (V,)    the constant that δ adds to all logits
+        s = E c                             (n,)    so that softmax(z + b)[t, v] = E[t, v] c[v] / s[t]
+        p = c ⊙ Eᵀ(1/s) / n                 (V,)    the mean predicted distribution
+        g = Wᵀ(p - y)                       (d,)    y: the mean of what really came next, one-hot
+        L = mean(log s + max z - z[x]) + max b - <b, y>
+    That is four matrix-vector products, two with W and two with E, where autograd needs (n, V) exponentials and derivatives.
+    E c is exact enough in float32 while b spreads over less than 60: every s is then at least e^-60, and the entries that
+    underflow in E, below e^-87, cannot matter. The spread is looked at once, after the last step, so that a GPU is never
+    waited for; if it was wider, the loop is run again with the softmax of z + b itself, right for any b.
+    """
+    targets, n = next_tokens(hidden, tokens, steps, lr, mask)
+    (B, _, d), V, weight = hidden.shape, lm_head.weight.shape[0], lm_head.weight
+    rows = max(1, memory // (24 * V))           # positions at a time: logits in bfloat16 and float32 take a quarter of memory
+    budget = memory - memory // 4               # the rest keeps E between the steps; a single step has no use for that
+    blocks, y = [], torch.zeros(B, V, device=hidden.device)                     # y (B, V)
+    for i in range(B):
+        real = targets[i] != -100
+        for h, x in zip(hidden[i, :-1][real].split(rows), targets[i][real].split(rows)):    # (r, d), (r,)
+            y[i].index_add_(0, x, torch.ones_like(x, dtype=y.dtype) / n[i])
+            budget -= 4 * len(x) * V
+            blocks.append((i, h, x, exponentials(lm_head(h).float(), x) if budget >= 0 and steps > 1 else None))
+
+    def fit(use_kept):
+        delta, mean, square = torch.zeros(3, B, d, device=hidden.device)        # δ and AdamW's two moments
+        losses, widest = torch.zeros(steps, B, device=hidden.device), torch.zeros((), device=hidden.device)
+        for step in range(steps):
+            b = lm_head(delta.to(weight.dtype)).float()                         # (B, V)
+            top = b.amax(1, keepdim=True)                                       # (B, 1)
+            c = (b - top).exp_()                                                # (B, V)
+            widest = torch.maximum(widest, (top[:, 0] - b.amin(1)).amax())
+            p = torch.zeros_like(b)                                             # (B, V)
+            for i, h, x, kept in blocks:
+                if use_kept and kept is not None:
+                    E, above = kept                                             # (r, V), (r,)
+                    s = E @ c[i]                                                # (r,)
+                    p[i].addcmul_(c[i], E.T @ (1 / s))
+                    above = above + top[i] - b[i][x]
+                else:                                                           # the same with b inside E, and so c = 1
+                    E, above = exponentials(lm_head(h).float().add_(b[i]), x)
+                    s = E.sum(1)
+                    p[i] += E.T @ (1 / s)
+                losses[step, i] += (s.log() + above).sum() / n[i]
+            g = weight_gradient(p / n[:, None] - y, weight)                     # (B, d)
+            # AdamW, as torch.optim.AdamW does it: decay, moments, bias correction, step
+            delta *= 1 - lr * WEIGHT_DECAY
+            mean = BETAS[0] * mean + (1 - BETAS[0]) * g
+            square = BETAS[1] * square + (1 - BETAS[1]) * g * g
+            unbias = [1 - beta ** (step + 1) for beta in BETAS]
+            delta -= lr * (mean / unbias[0]) / ((square / unbias[1]).sqrt() + EPS)
+        return delta[:, None], losses, widest
+
+    delta, losses, widest = fit(use_kept=True)
+    if not widest < 60:                                                         # so written that NaN counts as wide
+        delta, losses, _ = fit(use_kept=False)
+    return delta, losses
+
+
+def exponentials(z, x):
+    """Logits z (r, V), which are overwritten, and the true next tokens x (r,) -> exp(z - max z), and max z - z[x] (r,)."""
+    top = z.amax(1, keepdim=True)                                               # (r, 1)
+    above = (top - z.gather(1, x[:, None]))[:, 0]
+    return z.sub_(top).exp_(), above
+
+
+def weight_gradient(r, weight):
+    """Wᵀ r of every sample: r (B, V) float32, weight (V, d) -> (B, d) float32."""
+    scale = r.abs().amax().clamp(min=1e-30)         # float16 has no numbers as small as most entries of r
+    return torch.stack([torch.mv(weight.T, row) for row in (r / scale).to(weight.dtype)]).float() * scale
