@@ -267,6 +267,11 @@ class KVCache:
         self.v[layer, :, :, self.pos:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def keep_rows(self, rows):
+        """Go on with these rows of the batch only."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.mask = self.mask[rows] if self.mask is not None else None
+
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
