@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 
@@ -54,6 +55,7 @@ def run(main, args):
 
     for number in SIGNALS:
         signal.signal(number, stop)
+    warnings.showwarning = lambda message, *_: print(f"note      {message}", file=sys.stderr)
     sys.stdout.reconfigure(errors="replace")                    # a terminal that knows no emoji shows "?"
     status = 0
     try:

@@ -37,6 +37,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 
+from model import transposed_16bit_cpu
+
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-5, 1e-8     # of the authors' AdamW
 
 
@@ -57,9 +59,10 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr, mask=None):
     optimizer = torch.optim.AdamW([delta], lr=lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
     losses = []
     for _ in range(steps):
-        logits = base + lm_head(delta.to(dtype)).float()                    # (B, T-1, V) + (B, 1, V)
-        nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")    # (B, T-1), 0 where nothing counts
-        loss = nll.sum(1) / n                                               # (B,)
+        with torch.enable_grad():                                           # callers often stand inside no_grad
+            logits = base + lm_head(delta.to(dtype)).float()                # (B, T-1, V) + (B, 1, V)
+            nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")    # (B, T-1), 0 where nothing counts
+            loss = nll.sum(1) / n                                           # (B,)
         # No sample's loss depends on another's δ: the gradient of the sum is every sample's own gradient.
         delta.grad, = torch.autograd.grad(loss.sum(), delta)                # of δ alone, even if W is trainable
         optimizer.step()
@@ -161,5 +164,10 @@ def exponentials(z, x):
 
 def weight_gradient(r, weight):
     """Wᵀ r of every sample: r (B, V) float32, weight (V, d) -> (B, d) float32."""
+    if weight.dtype == torch.float32:
+        return r @ weight
     scale = r.abs().amax().clamp(min=1e-30)         # float16 has no numbers as small as most entries of r
-    return torch.stack([torch.mv(weight.T, row) for row in (r / scale).to(weight.dtype)]).float() * scale
+    r = (r / scale).to(weight.dtype)
+    if not weight.is_cpu:
+        return (r @ weight).float() * scale
+    return transposed_16bit_cpu(r, weight) * scale

@@ -1,0 +1,75 @@
+"""The statistics of evaluate.py, each a few lines with its source. Standard library, and numpy for the resampling.
+
+    k of n answers are right                      wilson(k, n)                interval of the accuracy
+    SLOT repaired `fixed` and broke `broken`      sign_test(fixed, broken)    could that be a fair coin?
+    many settings were tried                      holm(p_values)              p-values that are still honest
+    a difference measured on every sample         bootstrap_mean(differences) interval of its mean
+    a ratio of two such means                     bootstrap_ratio(a, b)       interval of mean(a) / mean(b)
+
+All intervals are two-sided, 95 %. tests/test_stats.py holds the numbers of scipy and statsmodels against them.
+"""
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+def wilson(k, n, confidence=0.95):
+    """(low, high) for the share k/n: all shares p that a score test would not reject. Wilson, JASA 22 (1927) 209.
+
+    The textbook's p ± 1.96 sqrt(p(1-p)/n) would call 0 of 20 an accuracy of exactly 0; this says 0 to 16 %.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    middle = (k + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    return max(0.0, middle - half) if k else 0.0, min(1.0, middle + half) if k < n else 1.0
+
+
+def sign_test(a, b):
+    """Two-sided exact p that a and b out of a + b changes are equally likely: the binomial test at 1/2, which on paired yes/no
+    answers is McNemar's exact test (Psychometrika 12 (1947) 153). Samples that did not change say nothing and do not count."""
+    n, least = a + b, min(a, b)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2 ** n)        # integers, so exact for any n
+
+
+def holm(p_values):
+    """Adjusted p-values in the order given: the smallest times m, the next times m - 1, ..., never falling, at most 1.
+    Rejecting those below 0.05 errs anywhere in the family with probability 0.05 at most. Holm, Scand. J. Stat. 6 (1979) 65."""
+    adjusted, largest = [1.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def resampled_means(columns, seed, resamples=RESAMPLES):
+    """columns: k lists of n -> (resamples, k) means. All columns of one resample use the same samples, so pairs stay pairs."""
+    columns, rng = np.asarray(columns, dtype=np.float64), np.random.default_rng(seed)
+    k, n = columns.shape
+    means = np.empty((resamples, k))
+    for start in range(0, resamples, 500):                                  # 500 x n indices at a time
+        chosen = rng.integers(n, size=(min(500, resamples - start), n))
+        means[start:start + len(chosen)] = columns[:, chosen].mean(-1).T
+    return means
+
+
+def percentiles(values, confidence=0.95):
+    low, high = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
+
+
+def bootstrap_mean(differences, seed=0):
+    """(mean, low, high) of paired differences by the percentile bootstrap. Efron, Ann. Stat. 7 (1979) 1."""
+    return (float(np.mean(differences)), *percentiles(resampled_means([differences], seed)[:, 0]))
+
+
+def bootstrap_ratio(a, b, seed=0):
+    """(ratio, low, high) of mean(a) / mean(b), a and b measured on the same samples. Resamples of a denominator near 0 make the
+    interval as wide as it deserves to be."""
+    means = resampled_means([a, b], seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (float(np.mean(a) / np.mean(b)), *percentiles(means[:, 0] / means[:, 1]))
