@@ -27,16 +27,18 @@ def regular_file(path):
     """`path` as a Path if it is a regular file or a link to one. Looks before anything opens it: opening a FIFO hangs."""
     path = Path(path)
     try:
-        mode = os.stat(path).st_mode
+        status = os.stat(path)
     except FileNotFoundError:
         what = "a link to a file that does not exist" if path.is_symlink() else "no such file"
         raise FileNotFoundError(f"{show(path, 160)}: {what}; give a complete model folder") from None
     except (OSError, ValueError) as error:                          # link loop, permission, name too long, NUL in the name
         why = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{show(path, 160)}: cannot be opened ({why}); give a readable model folder") from None
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
         raise ValueError(f"{show(path, 160)}: is {kind}, not a regular file; download the file again")
+    if status.st_size == 0:                                         # so are the files of /proc, which may never end
+        raise ValueError(f"{show(path, 160)}: is empty; download it again")
     return path
 
 
@@ -69,9 +71,9 @@ def read_bytes(path, limit=MAX_JSON):
     return data
 
 
-def read_json(path):
+def read_json(path, limit=MAX_JSON):
     """The JSON object in a file of the model folder, see `parse_json`."""
-    return parse_json(read_bytes(path), path)
+    return parse_json(read_bytes(path, limit), path)
 
 
 def parse_json(data, path):

@@ -35,8 +35,9 @@ def parse_arguments(arguments=None):
     add("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     add("--slot-steps", type=number(int, 0, 10_000), default=0, metavar="N", help="SLOT optimisation steps (default 0: plain)")
     add("--slot-lr", type=number(float, 0, above=True), default=0.01, metavar="X", help="SLOT learning rate (default 0.01)")
-    add("--slot-fast", action=argparse.BooleanOptionalAction, default=True, help="closed-form gradient (default), or the readable loop")
-    add("--slot-memory", type=number(float, 0, above=True), default=1.0, metavar="GIB", help="extra memory for SLOT (default 1 GiB)")
+    add("--slot-fast", action=argparse.BooleanOptionalAction, default=True,
+        help="closed-form gradient (default), or the readable loop")
+    add("--slot-memory", type=number(float, 0, above=True), default=1.0, metavar="GIB", help="extra memory for SLOT (default 1)")
     add("--compare", action="store_true", help="print the plain answer and SLOT's (3 steps unless --slot-steps says otherwise)")
     add("--max-new-tokens", type=number(int, 1, 1 << 30), metavar="N", help=f"at most N new tokens (default {DEFAULT_NEW_TOKENS})")
     add("--temperature", type=number(float, 0), default=0.0, metavar="T", help="0 takes the likeliest token (default)")
@@ -149,7 +150,7 @@ def decode(lm, hidden, cache, max_new_tokens, bias=None, *, eos_ids=(), temperat
 def choose(lm, logits, temperature, top_k, top_p, draws):
     """logits (rows, V) float32 -> one id a row: the likeliest, or drawn from softmax(logits / temperature), cut to top_k, top_p."""
     best, ids = logits.max(-1)
-    if not torch.isfinite(best).all():                              # max passes NaN on
+    if not torch.isfinite(logits).all():
         bad = next((name for name, p in lm.named_parameters() if not p.isfinite().all()), None)
         raise ValueError(f"the logits are not finite: {bad} holds NaN or infinity; download the weights again" if bad else
                          f"the logits are not finite: the numbers overflow {lm.lm_head.weight.dtype}; try --dtype float32")
@@ -171,7 +172,7 @@ def read_prompts(args):
     if args.prompts:
         from checks import regular_file
         try:
-            lines = [line for line in regular_file(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line for line in regular_file(args.prompts).read_text(encoding="utf-8").split("\n") if line.strip()]
             entries = [json.loads(line) for line in lines]
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"--prompts {args.prompts!r}: not one JSON string or object a line ({error})") from None
@@ -221,7 +222,8 @@ def main(args):
     bias = None
     if args.slot_steps:
         began = time.perf_counter()
-        bias, losses = slot_bias(lm, hidden, tokens, mask, args.slot_steps, args.slot_lr, args.slot_fast, int(args.slot_memory * 2**30))
+        bias, losses = slot_bias(lm, hidden, tokens, mask, args.slot_steps, args.slot_lr, args.slot_fast,
+                                 int(args.slot_memory * 2**30))
         say(f"slot      {args.slot_steps} steps, lr {args.slot_lr:g}, {'closed form' if args.slot_fast else 'readable loop'}, "
             f"{time.perf_counter() - began:.3f} s")
         for row in range(len(ids)):
@@ -274,7 +276,8 @@ def answer(tokenizer, steps, B, began):
                 print(f"--- {row + 1} ---\n{tokenizer.decode(ids[row], skip_special=True)}", flush=True)
         count, now = sum(map(len, ids)), time.perf_counter()
         if first is not None and count > 1:
-            say(f"decode    first token after {first - began:.3f} s, then {count} tokens, {(count - B) / (now - first):,.1f} tokens/s")
+            say(f"decode    first token after {first - began:.3f} s, then {count} tokens, "
+                f"{(count - B) / (now - first):,.1f} tokens/s")
     return ids
 
 

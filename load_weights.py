@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from checks import foreign, parse_json, read_json, regular_file, show
-from model import DTYPES, CausalLM, Config
+from config import DTYPES, Config
+from model import CausalLM
 
 # The names that the format defines and torch can hold. Weights must be of the first line; the rest is read, not used.
 SAFETENSORS_DTYPES = {
@@ -68,9 +69,11 @@ def read_header(path, file, size):
         other = foreign(start + file.read(56))
         if other:
             raise ValueError(f"{show(path, 160)}: is not safetensors but {other}")
-        fail("is empty" if size == 0 else f"is no safetensors file or is cut short: it has {size} bytes and announces "
+        fail(f"is no safetensors file or is cut short: it has {size} bytes and announces "
              f"a header of {length} (the format allows 1 to {MAX_HEADER:,})")
     text = file.read(length)
+    if text.count(b"{") > 200_000:                                          # one a tensor: before minutes of parsing
+        fail("its header lists more tensors than any model has")
     if text[:1] != b"{":
         fail("is no safetensors file: its header does not begin with '{'")
     header = parse_json(text, path)
@@ -118,7 +121,7 @@ def read_weights(folder):
                              "convert it with transformers: save_pretrained(folder, safe_serialization=True)")
         raise FileNotFoundError(f"{show(folder, 160)}: has no model.safetensors and no model.safetensors.index.json; "
                                 "give a complete model folder")
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, limit=16 << 20).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{show(index, 160)}: has no weight_map; download it again")
     for shard in weight_map.values():               # a plain file name cannot lead out of the folder

@@ -37,7 +37,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from model import transposed_16bit_cpu
+from linear import transposed_16bit_cpu
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-5, 1e-8     # of the authors' AdamW
 
@@ -63,8 +63,8 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr, mask=None):
             logits = base + lm_head(delta.to(dtype)).float()                # (B, T-1, V) + (B, 1, V)
             nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")    # (B, T-1), 0 where nothing counts
             loss = nll.sum(1) / n                                           # (B,)
-        # No sample's loss depends on another's δ: the gradient of the sum is every sample's own gradient.
-        delta.grad, = torch.autograd.grad(loss.sum(), delta)                # of δ alone, even if W is trainable
+            # No sample's loss depends on another's δ: the gradient of the sum is every sample's own gradient.
+            delta.grad, = torch.autograd.grad(loss.sum(), delta)            # of δ alone, even if W is trainable
         optimizer.step()
         losses.append(loss.detach())
     return delta.detach(), torch.stack(losses) if steps else torch.zeros(0, hidden.shape[0], device=hidden.device)
