@@ -134,7 +134,8 @@ def read_rope(path, raw):
         if raw.get(name) is not None and rope.get(name, raw[name]) != raw[name]:
             fail(name, f"{place} says {show(rope[name])}; make them agree")
         rope = {name: raw.get(name)} | rope
-    kind = rope.get("rope_type") or rope.get("type") or ("default" if "factor" not in rope else None)
+    default = "default" if "factor" not in rope else None
+    kind = next((rope[name] for name in ("rope_type", "type") if rope.get(name) is not None), default)
     if kind not in ("default", "linear", "llama3", "yarn"):
         rope = {"rope_type": kind}
         fail("rope_type", "implemented are default, linear, llama3, yarn")

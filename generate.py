@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from checks import regular_file, show
 from cli import Parser, early_signals, number, run
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -170,7 +171,6 @@ def choose(lm, logits, temperature, top_k, top_p, draws):
 def read_prompts(args):
     """-> a list of (prompt, system), from the options, standard input, a file, or the embedded model's held-out problems."""
     if args.prompts:
-        from checks import regular_file
         try:
             lines = [line for line in regular_file(args.prompts).read_text(encoding="utf-8").split("\n") if line.strip()]
             entries = [json.loads(line) for line in lines]
@@ -205,7 +205,7 @@ def main(args):
     began = time.perf_counter()
     tokenizer = load_tokenizer(folder)
     lm = load_model(folder, args.device, args.dtype)
-    say(f"model     {'tiny/, the embedded model' if args.model == str(TINY) else args.model}: "
+    say(f"model     {'tiny/, the embedded model' if args.model == str(TINY) else show(Path(args.model), 160)}: "
         f"{sum(p.numel() for p in lm.parameters()) / 1e6:,.1f} M parameters, {str(lm.lm_head.weight.dtype)[6:]}, {args.device}, "
         f"{torch.get_num_threads()} threads, loaded in {time.perf_counter() - began:.2f} s")
     if args.raw:
@@ -218,26 +218,29 @@ def main(args):
 
     began = time.perf_counter()
     hidden, tokens, mask, cache = prefill(lm, ids, new)
-    say(f"prompt    {' + '.join(str(len(i)) for i in ids)} tokens, prefill {time.perf_counter() - began:.3f} s")
-    bias = None
+    prefilled = time.perf_counter() - began
+    say(f"prompt    {' + '.join(str(len(i)) for i in ids)} tokens, prefill {prefilled:.3f} s")
+    bias, fitted = None, 0.0
     if args.slot_steps:
         began = time.perf_counter()
         bias, losses = slot_bias(lm, hidden, tokens, mask, args.slot_steps, args.slot_lr, args.slot_fast,
                                  int(args.slot_memory * 2**30))
+        fitted = time.perf_counter() - began
         say(f"slot      {args.slot_steps} steps, lr {args.slot_lr:g}, {'closed form' if args.slot_fast else 'readable loop'}, "
-            f"{time.perf_counter() - began:.3f} s")
+            f"{fitted:.3f} s")
         for row in range(len(ids)):
             say_slot(tokenizer, losses[:, row].tolist(), bias[row, 0, :tokenizer.vocab_size])
 
     options = dict(eos_ids=tokenizer.eos_ids, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     if not args.compare:
-        answer(tokenizer, decode(lm, hidden[:, -1:], cache, new, bias, **options), len(ids), began)
+        answer(tokenizer, decode(lm, hidden[:, -1:], cache, new, bias, **options), len(ids), prefilled + fitted)
         return
     both = []
-    for heading, constant in (("plain", None), (f"SLOT, {args.slot_steps} steps, lr {args.slot_lr:g}", bias)):
+    for heading, constant, spent in (("plain", None, prefilled),
+                                     (f"SLOT, {args.slot_steps} steps, lr {args.slot_lr:g}", bias, prefilled + fitted)):
         print(f"--- {heading} ---", flush=True)
         cache.pos = tokens.shape[1]                                 # back to the end of the prompt: one prefill serves both
-        both += answer(tokenizer, decode(lm, hidden[:, -1:], cache, new, constant, **options), 1, time.perf_counter())
+        both += answer(tokenizer, decode(lm, hidden[:, -1:], cache, new, constant, **options), 1, spent)
     plain, slot = both
     if plain == slot:
         say(f"compare   the same {len(plain)} tokens")
@@ -256,8 +259,10 @@ def say_slot(tokenizer, losses, bias):
         say(f"          {what:<10}" + "  ".join(words))
 
 
-def answer(tokenizer, steps, B, began):
-    """Print what `decode` yields: one answer as it comes, several each under a heading at the end -> the ids of each."""
+def answer(tokenizer, steps, B, spent):
+    """Print what `decode` yields: one answer as it comes, several each under a heading at the end -> the ids of each.
+    `spent`: the seconds of prefill and SLOT, which the time to the first token includes."""
+    began = time.perf_counter()
     ids, streams, first = [[] for _ in range(B)], [tokenizer.stream(skip_special=True) for _ in range(B)], None
     try:
         for new in steps:
@@ -276,7 +281,7 @@ def answer(tokenizer, steps, B, began):
                 print(f"--- {row + 1} ---\n{tokenizer.decode(ids[row], skip_special=True)}", flush=True)
         count, now = sum(map(len, ids)), time.perf_counter()
         if first is not None and count > 1:
-            say(f"decode    first token after {first - began:.3f} s, then {count} tokens, "
+            say(f"decode    first token after {spent + first - began:.3f} s (prefill included), then {count} tokens, "
                 f"{(count - B) / (now - first):,.1f} tokens/s")
     return ids
 

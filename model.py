@@ -65,21 +65,21 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)            # follows .to(device), is in no file
 
     def forward(self, positions):
-        """positions (B or 1, T) -> cos, sin, each (B or 1, 1, T, D), float32 whatever the model's dtype: angles reach the
-        thousands, where bfloat16 knows whole numbers at best."""
+        """positions (B or 1, T) -> cos, sin, each (B or 1, 1, T, D), sin negative in its first half as `rotate` needs it.
+        float32 whatever the model's dtype: angles reach the thousands, where bfloat16 knows whole numbers at best."""
         angles = positions[:, None, :, None] * self.inv_freq                    # (B, 1, T, D/2)
-        angles = torch.cat((angles, angles), dim=-1)                            # (B, 1, T, D)
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)    # (B, 1, T, D)
 
 
 def rotate(x, cos, sin):
-    """Turn every pair of dimensions (i, i + D/2) of x (B, heads, T, D) by its angle.
+    """Turn every pair of dimensions (a, b) of x (B, heads, T, D) by its angle: (a cos - b sin, b cos + a sin).
 
     Two layouts exist. The RoPE paper and Meta's own files pair neighbours (2i, 2i+1). Hugging Face checkpoints, which this
-    project reads, have the rows of q_proj and k_proj permuted already so that pairs lie half a head apart: rotate halves.
+    project reads, have the rows of q_proj and k_proj permuted already so that pairs lie half a head apart, (i, i + D/2):
+    so rolling x by half a head puts b in the place of a and a in the place of b.
     """
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

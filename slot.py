@@ -124,7 +124,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
         delta, mean, square = torch.zeros(3, B, d, device=hidden.device)        # δ and AdamW's two moments
         losses, widest = torch.zeros(steps, B, device=hidden.device), torch.zeros((), device=hidden.device)
         for step in range(steps):
-            b = lm_head(delta.to(weight.dtype)).float()                         # (B, V)
+            b = lm_head(delta.to(weight.dtype)).float() if step else torch.zeros_like(y)    # (B, V); δ starts at 0
             top = b.amax(1, keepdim=True)                                       # (B, 1)
             c = (b - top).exp_()                                                # (B, V)
             widest = torch.maximum(widest, (top[:, 0] - b.amin(1)).amax())
