@@ -30,9 +30,10 @@ def number(kind, low, high=math.inf, above=False):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value > high or value < low or (above and value == low):
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):                     # also 400 digits, which no float can hold
+            value, finite = math.nan, False
+        if not finite or not low <= value <= high or (above and value == low):
             what = "an integer" if kind is int else "a number"
             limit = f" and at most {high:,}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {what} {'above' if above else 'of at least'} {low:,}{limit}")
@@ -50,6 +51,9 @@ def early_signals():
 
 def run(main, args):
     """main(args), and the end of the process: status 0, 1 after a line that says why, 128 + n after signal n."""
+    sys.stdin, sys.stdout, sys.stderr = (               # None if whoever started us has closed it
+        stream or open(os.devnull, mode) for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))
+
     def stop(number, frame):
         raise KeyboardInterrupt(number)
 

@@ -177,8 +177,9 @@ def read_prompts(args):
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"--prompts {args.prompts!r}: not one JSON string or object a line ({error})") from None
         entries = [{"prompt": e} if isinstance(e, str) else e for e in entries]
-        if not entries or not all(isinstance(e, dict) and isinstance(e.get("prompt"), str) for e in entries):
-            raise ValueError(f'--prompts {args.prompts!r}: every line must be a JSON string or an object with "prompt"')
+        if not entries or not all(isinstance(e, dict) and isinstance(e.get("prompt"), str)
+                                  and isinstance(e.get("system", ""), str) for e in entries):
+            raise ValueError(f'--prompts {args.prompts!r}: every line must be a JSON string or {{"prompt": ..., "system": ...}}')
         return [(e["prompt"], e.get("system", args.system)) for e in entries]
     if args.prompt:
         try:
@@ -199,9 +200,9 @@ def main(args):
     prompts = read_prompts(args)
     folder = find_model(args.model)
     try:
-        torch.empty(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except Exception as error:                                      # torch's own kinds of error differ by device
-        raise ValueError(f"--device {args.device!r} is not available here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {show(args.device)} is not available here: {show(str(error), 160)}") from None
     began = time.perf_counter()
     tokenizer = load_tokenizer(folder)
     lm = load_model(folder, args.device, args.dtype)

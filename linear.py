@@ -36,11 +36,12 @@ def linear_16bit_cpu(x, weight, bias):
     """
     rows = x.numel() // x.shape[-1]
     if rows == 1:
-        torch._C._set_mkldnn_enabled(False)                     # the public torch.backends.mkldnn.flags costs 20 times this
+        before = torch._C._get_mkldnn_enabled()                 # the public torch.backends.mkldnn.flags costs 20 times this
+        torch._C._set_mkldnn_enabled(False)
         try:
             return F.linear(x, weight, bias)
         finally:
-            torch._C._set_mkldnn_enabled(True)
+            torch._C._set_mkldnn_enabled(before)
     if rows <= 16 or NATIVE_GEMM[x.dtype] or (x.requires_grad and torch.is_grad_enabled()):
         return F.linear(x, weight, bias)
     columns = x.reshape(rows, -1).float().T.contiguous()        # (inputs, rows)
@@ -60,10 +61,11 @@ def transposed_16bit_cpu(r, weight):
     uses all cores and comes near memory speed."""
     B, V = r.shape
     most = V - V % 8
+    before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
         parts = weight[:most].view(8, most // 8, -1).transpose(1, 2)                                # (8, inputs, outputs/8)
         rows = [torch.bmm(parts, row[:most].view(8, most // 8, 1)).float().sum(0)[:, 0] for row in r]   # (inputs,) each
     finally:
-        torch._C._set_mkldnn_enabled(True)
+        torch._C._set_mkldnn_enabled(before)
     return torch.stack(rows) + r[:, most:].float() @ weight[most:].float()
