@@ -106,8 +106,8 @@ def write_tokenizer(folder):
         text = text.replace(special, "\n\n")
     merges = train_bpe(text, VOCABULARY - 256 - len(SPECIAL))
     tokens = [bytes([b]) for b in order] + [a + b for a, b in merges]
-    added = {len(tokens) + i: dict(content=content, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-             for i, content in enumerate(SPECIAL)}
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    added = {len(tokens) + i: dict(content=content) | plain for i, content in enumerate(SPECIAL)}
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
     split = dict(type="Split", pattern=dict(Regex=PATTERN), behavior="Isolated", invert=False)
     write_json(folder / "tokenizer.json", dict(
@@ -141,7 +141,7 @@ def write_json(path, value):
 
 
 def write_safetensors(path, tensors):
-    """{name: tensor} -> the format of model.safetensors: length of the header, the header (names, shapes, offsets), the data."""
+    """{name: tensor} -> a .safetensors file: length of the header, the header (names, shapes, offsets), the data."""
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
     header, data, offset = {"__metadata__": {"format": "pt"}}, [], 0
     for name, tensor in tensors.items():
@@ -253,7 +253,7 @@ def train(folder, steps):
 # ---- testing
 
 def evaluate(folder, count):
-    """Share of held-out problems whose final number is right, greedily decoded; and which kinds of problem the wrong ones are."""
+    """Of every group, how many held-out problems end in the right number, greedily decoded, and the kinds of the wrong ones."""
     lm, tokenizer = load_model(folder), load_tokenizer(folder)
     number = lambda text: (re.findall(r"#### (\d+)", text) or ["none"])[-1]
     for group in ("common", "rare", "unseen"):
