@@ -51,18 +51,23 @@ def early_signals():
 
 def run(main, args):
     """main(args), and the end of the process: status 0, 1 after a line that says why, 128 + n after signal n."""
-    sys.stdin, sys.stdout, sys.stderr = (               # None if whoever started us has closed it
-        stream or open(os.devnull, mode) for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))
-
     def stop(number, frame):
         raise KeyboardInterrupt(number)
 
-    for number in SIGNALS:
-        signal.signal(number, stop)
-    warnings.showwarning = lambda message, *_: print(f"note      {message}", file=sys.stderr)
+    def swallowed(what, usual=sys.unraisablehook):
+        if isinstance(what.exc_value, KeyboardInterrupt):       # came where nothing can be raised, as inside os.fork
+            os._exit(128 + what.exc_value.args[0])
+        usual(what)
+
+    sys.stdin, sys.stdout, sys.stderr = (                       # None if whoever started us has closed it
+        stream or open(os.devnull, mode) for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))
     sys.stdout.reconfigure(errors="replace")                    # a terminal that knows no emoji shows "?"
+    sys.unraisablehook = swallowed
+    warnings.showwarning = lambda message, *_: print(f"note      {message}", file=sys.stderr)
     status = 0
     try:
+        for number in SIGNALS:
+            signal.signal(number, stop)
         main(args)
         sys.stdout.flush()
     except KeyboardInterrupt as signalled:
