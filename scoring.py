@@ -51,35 +51,26 @@ def in_format(text, name):
 
 
 def marked_answer(text):
-    """The text of the last mark, or None. "#### 18\nDone" -> "18"; r"\boxed{\frac{1}{2}}" -> r"\frac{1}{2}"."""
+    r"""The text of the last mark, or None. "#### 18\nDone" -> "18"; r"\boxed{\frac{1}{2}}" -> r"\frac{1}{2}"."""
     marks = [(m.start(), m[1]) for m in re.finditer(r"####[ \t]*\n?([^\n]*)", text)]
-    marks += [(m.start(), m[1]) for m in re.finditer(r"<answer>(.*?)</answer>", text, re.DOTALL)]
-    marks += [(m.start(), m[1]) for m in re.finditer(r"(?i:answer):[\s*$(]*([A-D])\b(?![\w^=+*/(-])", text)]
-    for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
-        end = closing(text, m.end() - 1)
-        if end is not None:                                         # a box that is cut off marks nothing
-            marks.append((m.start(), text[m.end():end]))
+    marks += [(m.start(), m[1]) for m in re.finditer(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)]
+    marks += [(m.start(), m[1]) for m in re.finditer(r"(?i:answer):[\s*$(]*([A-D])(?:\)|[.*$ ]*(?=\n|$))", text)]
+    opened, boxes = [], {m.end() - 1: m.start() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)}
+    for m in re.finditer(r"\\.|[{}]", text, re.DOTALL):              # braces in one pass; \{ and \} are no brackets
+        if m[0] == "{":
+            opened.append(m.start())
+        elif m[0] == "}" and opened and (start := opened.pop()) in boxes:
+            marks.append((boxes[start], text[start + 1:m.start()]))     # a box that is cut off marks nothing
     return max(marks)[1].strip() if marks else None
 
 
-def closing(text, start):
-    """Where the bracket at `start` closes: closing("{a{b}}c", 0) -> 5. None if it never does."""
-    opened, close = text[start], {"{": "}", "(": ")", "[": "]"}[text[start]]
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == opened) - (text[i] == close)
-        if depth == 0:
-            return i
-    return None
-
-
 def same(answer, gold):
-    """Whether two answers have the same value. same("$1,875.00", "1875"), same(r"\dfrac{1}{2}", "0.5"), not same("(1,2)", "(2,1)")."""
+    r"""Whether two answers have the same value. same("$1,875.00", "1875"), same(r"\dfrac{1}{2}", "0.5"), not same("(1,2)", "(2,1)")."""
     if re.fullmatch(r"\s*(\\text\s*\{[^{}]*\}|[A-Z])\s*", gold):       # a word, or the letter of a choice
         return words(answer) == words(gold)
     answer, gold = clean(answer), clean(gold)
-    if answer == gold:
-        return gold != ""
+    if answer == gold or len(answer) > 1000:                        # no right answer is so long; babble can be
+        return answer == gold != ""
     x, y = number(answer), number(gold)
     if y is not None and x is None:
         x = only_number(answer)
@@ -99,16 +90,16 @@ def clean(text):
     """Without what carries no value: $...$, LaTeX spacing, currency, percent and degree signs, bold, the final full stop."""
     text = text.strip().translate({ord("−"): "-", ord("–"): "-", ord("×"): "*", ord("π"): r"\pi ", ord("∞"): r"\infty ",
                                    ord("°"): "", ord("\N{NO-BREAK SPACE}"): " ", ord("\N{NARROW NO-BREAK SPACE}"): " "})
-    text = re.sub(r"\\[!,;:]|\\quad|\\displaystyle|\\(?:left|right)(?![a-z])|\\\(|\\\)|\*\*|`", "", text)
-    text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|\\?[$%£€]", "", text.replace("{,}", ",").replace("\\ ", " "))
+    text = re.sub(r"(?<!\\)\\[!,;: ]|\\quad|\\displaystyle|\\(?:left|right)(?![a-z])|\\\(|\\\)|\*\*|`", "", text)
+    text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|\\?[$%£€]", "", text.replace("{,}", ","))
     return " ".join(text.split()).strip().rstrip(".").strip()
 
 
 # ---- plain numbers, exactly
 
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+"
-NUMBER = re.compile(rf"[-+]?\s*(?:{DIGITS})(?:\s*/\s*(?:{DIGITS}))?")
-MIXED = re.compile(r"([-+]?)\s*(\d+) (\d+)\s*/\s*(\d+)")
+NUMBER = re.compile(rf"(?:[-+]\s*)?(?:{DIGITS})(?:\s*/\s*(?:{DIGITS}))?")
+MIXED = re.compile(r"([-+]?)\s?(\d+) (\d+)\s*/\s*(\d+)")
 
 
 def number(text):
@@ -158,19 +149,19 @@ def structure(text):
     for separator, name in ((r"\cup", "union"), (",", "set")):
         pieces = split(text, separator)
         if len(pieces) > 1:
-            return name, [s for piece in pieces for s in both_signs(piece)]
+            return name, elements(pieces)
     if text.startswith(r"\{") and text.endswith(r"\}"):
-        return "set", [s for piece in split(text[2:-2], ",") for s in both_signs(piece)]
+        return "set", elements(split(text[2:-2], ","))
     if text and text[0] in "([" and text[-1] in ")]":
         pieces = split(text[1:-1], ",")
         if len(pieces) > 1:
             return text[0] + text[-1], [structure(piece) for piece in pieces]
-    signs = both_signs(text)
-    return ("set", signs) if len(signs) > 1 else text
+    return ("set", elements([text])) if r"\pm" in text else text
 
 
-def both_signs(text):
-    return [structure(text.replace(r"\pm", sign)) for sign in "+-"] if r"\pm" in text else [structure(text)]
+def elements(pieces):
+    r"""Of a set: 1 \pm 2 stands for two."""
+    return [structure(piece.replace(r"\pm", sign)) for piece in pieces for sign in ("+-" if r"\pm" in piece else "+")]
 
 
 def split(text, separator):

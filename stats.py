@@ -8,6 +8,7 @@
 
 All intervals are two-sided, 95 %. tests/test_stats.py holds the numbers of scipy and statsmodels against them.
 """
+import functools
 import math
 from statistics import NormalDist
 
@@ -46,15 +47,16 @@ def holm(p_values):
     return adjusted
 
 
-def resampled_means(columns, seed, resamples=RESAMPLES):
-    """columns: k lists of n -> (resamples, k) means. All columns of one resample use the same samples, so pairs stay pairs."""
-    columns, rng = np.asarray(columns, dtype=np.float64), np.random.default_rng(seed)
-    k, n = columns.shape
-    means = np.empty((resamples, k))
-    for start in range(0, resamples, 500):                                  # 500 x n indices at a time
-        chosen = rng.integers(n, size=(min(500, resamples - start), n))
-        means[start:start + len(chosen)] = columns[:, chosen].mean(-1).T
-    return means
+@functools.lru_cache(maxsize=4)
+def draws(n, seed):
+    """(RESAMPLES, n): how often each of n samples is drawn when n are drawn with replacement. All figures of one table use the
+    same draws, so pairs stay pairs."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float32)
+
+
+def resampled_means(values, seed):
+    """(RESAMPLES,) means of resampled values."""
+    return draws(len(values), seed) @ np.asarray(values, dtype=np.float32) / len(values)
 
 
 def percentiles(values, confidence=0.95):
@@ -64,12 +66,12 @@ def percentiles(values, confidence=0.95):
 
 def bootstrap_mean(differences, seed=0):
     """(mean, low, high) of paired differences by the percentile bootstrap. Efron, Ann. Stat. 7 (1979) 1."""
-    return (float(np.mean(differences)), *percentiles(resampled_means([differences], seed)[:, 0]))
+    return (float(np.mean(differences)), *percentiles(resampled_means(differences, seed)))
 
 
 def bootstrap_ratio(a, b, seed=0):
     """(ratio, low, high) of mean(a) / mean(b), a and b measured on the same samples. Resamples of a denominator near 0 make the
     interval as wide as it deserves to be."""
-    means = resampled_means([a, b], seed)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (float(np.mean(a) / np.mean(b)), *percentiles(means[:, 0] / means[:, 1]))
+        ratios = resampled_means(a, seed) / resampled_means(b, seed)
+    return (float(np.mean(a) / np.mean(b)), *percentiles(ratios))
