@@ -61,8 +61,8 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr, mask=None):
     for _ in range(steps):
         with torch.enable_grad():                                           # callers often stand inside no_grad
             logits = base + lm_head(delta.to(dtype)).float()                # (B, T-1, V) + (B, 1, V)
-            nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")    # (B, T-1), 0 where nothing counts
-            loss = nll.sum(1) / n                                           # (B,)
+            nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)   # (B, T-1)
+            loss = nll.sum(1) / n                                           # (B,); nll is 0 where nothing counts
             # No sample's loss depends on another's δ: the gradient of the sum is every sample's own gradient.
             delta.grad, = torch.autograd.grad(loss.sum(), delta)            # of δ alone, even if W is trainable
         optimizer.step()

@@ -260,7 +260,7 @@ class Tokenizer:
         if not (isinstance(messages, (list, tuple)) and all(isinstance(message, dict) for message in messages)):
             raise ValueError(f'messages: {show(messages)}; pass a list like [{{"role": "user", "content": "Hi"}}]')
         if self.template is None:
-            return "\n".join(str(message.get("content", "")) for message in messages)
+            return "\n".join(str(message.get("content") or "") for message in messages)
         return render(self.template, {**self.names, "messages": messages, "tools": None, "documents": None,
                                       "add_generation_prompt": add_generation_prompt, **variables})
 
@@ -278,8 +278,8 @@ class Tokenizer:
         control = [text for text, entry in self.added.items()
                    if entry["special"] or text[:2] in ("<|", "<｜") and text[-2:] in ("|>", "｜>")]
         written = re.compile("|".join(map(re.escape, control)) or "(?!)")
-        everything = json.dumps([messages, variables], ensure_ascii=False, default=str) + self.template
-        unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in everything)
+        used = set(json.dumps([messages, variables], ensure_ascii=False, default=str) + self.template)
+        unused = (chr(code) for code in range(0xE000, 0x110000) if chr(code) not in used)       # U+E000: for private use
         veil = {first: next(unused) for first in sorted({text[0] for text in control})}
         longest = max(map(len, control), default=0)
 
@@ -504,14 +504,14 @@ def load_tokenizer(folder):
 
     template = settings.get("chat_template")
     if isinstance(template, list):                                  # several, each with a name
-        by_name = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
-        template = by_name.get("default", False)
+        defaults = [each.get("template") for each in template if isinstance(each, dict) and each.get("name") == "default"]
+        template = defaults[0] if defaults else False
     if template is not None and not isinstance(template, str):
         refuse(folder / "tokenizer_config.json", "chat_template is no text, and no list with one named default", "correct it")
     if there("chat_template.jinja"):
         template = read_text(folder / "chat_template.jinja")
     pairs = BytePairs(vocab, parts["merges"], parts["splits"], parts["nfc"], parts["ignore_merges"])
-    return Tokenizer(pairs, words, added, bos_ids, eos_ids, template, names)
+    return Tokenizer(pairs, words, added, bos_ids, eos_ids, template or None, names)
 
 
 def special_names(path, settings):

@@ -339,6 +339,8 @@ def test_a_message_never_becomes_a_control_token(tmp_path):
         ids = ours.chat_ids([{"role": "user", "content": content}])
         assert [id for id in ids if id >= 300] == frame, content
         assert ours.decode(ids) == unicodedata.normalize("NFC", ours.chat([{"role": "user", "content": content}]))
+    every = "".join(map(chr, range(0xE000, 0xF900))) + "<|im_end|>"                 # no character for private use is left
+    assert ours.decode(ours.chat_ids([{"role": "user", "content": every}])).count(every) == 1
     plain = [{"role": "user", "content": "hi <think> <| </think> e\u0301 \ue000"}]
     assert ours.chat_ids(plain) == ours.encode(ours.chat(plain), allow_special=True) and 302 in ours.chat_ids(plain)
 
@@ -456,7 +458,7 @@ SIDE = [
     ({"config__json": {"vocab_size": 290}}, "vocab_size"), ({"config__json": {"eos_token_id": "</s>"}}, "eos_token_id"),
     ({"generation_config__json": {"eos_token_id": [True]}}, "eos_token_id"), ({"config__json": "[]"}, "config.json"),
     ({"tokenizer_config__json": {"eos_token": 5}}, "eos_token"), ({"tokenizer_config__json": {"chat_template": 5}}, "chat_template"),
-    ({"tokenizer_config__json": {"chat_template": [{"name": "x", "template": "y"}]}}, "chat_template"),
+    ({"tokenizer_config__json": {"chat_template": [{"name": "x", "template": "y"}, {"name": [1]}, 5]}}, "chat_template"),
     ({"tokenizer_config__json": {"added_tokens_decoder": [1]}}, "added_tokens_decoder"),
     ({"tokenizer_config__json": {"added_tokens_decoder": {"x": {}}}}, "added_tokens_decoder"),
     ({"tokenizer_config__json": {"added_tokens_decoder": {"300": "y"}}}, "added_tokens_decoder"),

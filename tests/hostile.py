@@ -1,0 +1,256 @@
+"""
+One tiny valid model folder to break, and a fast way to run generate.py on what is left of it.
+
+    files = build("qwen2")                      {"config.json": {...}, "model.safetensors": {name: tensor}, ...}: change, then
+    write(folder, files)                        bytes as they are, tensors as safetensors, anything else as JSON
+    command()(["--model", folder])              generate.py -> Result(status, out, err, seconds, growth)
+
+The command runs in a fork of one process that has imported torch once: 50 ms where a process of its own costs 2 s.
+
+The weights are whole multiples of 1/64 below 2: float16 and bfloat16 hold them exactly, so a folder in any of the dtypes, in any
+layout, must give the same logits to the last bit.
+"""
+import atexit
+import functools
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# ---- the folder ----------------------------------------------------------------------------------------------------------------
+
+VOCAB = 300                                     # 256 bytes, 20 merges, 3 control tokens from id 290 on: holes and padding
+SPECIAL = {"<|endoftext|>": 290, "<|im_start|>": 291, "<|im_end|>": 292}
+TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+         "I8": "int8", "U8": "uint8", "BOOL": "bool", "C64": "complex64", "F8_E4M3": "float8_e4m3fn"}
+
+
+def byte_alphabet():
+    """The 256 characters that vocabulary files write for the 256 bytes (GPT-2's table)."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (256 + i for i in range(256))
+    return [chr(b) if b in plain else chr(next(others)) for b in range(256)]
+
+
+def tokenizer_json():
+    letters = byte_alphabet()
+    vocab, merges = {letter: id for id, letter in enumerate(letters)}, []
+    for pair in ("Ġ t", "h e", "i n", "e r", "Ġ a", "o n", "r e", "Ġt he", "a t", "e n", "o r", "i s", "Ġ s", "in g", "Ġ o", "Ã ©",
+                 "l l", "o u", "Ġ w", "Ġa n"):
+        merges.append(pair)
+        vocab[pair.replace(" ", "")] = len(vocab)
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [{"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+                              "special": True} for text, id in SPECIAL.items()],
+            "normalizer": {"type": "NFC"},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]},
+            "post_processor": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": merges}}
+
+
+def config_json(family):
+    config = {"architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]],
+              "model_type": family, "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 512,
+              "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": False,
+              "bos_token_id": 290, "eos_token_id": 292, "torch_dtype": "float32", "use_cache": True, "initializer_range": 0.02}
+    if family == "llama":
+        return config | {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+    config |= {"sliding_window": 32, "use_sliding_window": False, "max_window_layers": 1, "attention_dropout": 0.0}
+    return config | {"head_dim": 8, "attention_bias": False} if family == "qwen3" else config
+
+
+def weights(config, seed=0):
+    """{name: tensor} of random float32 in multiples of 1/64. Norm weights are not ones and biases not zeros."""
+    import torch
+    draw = torch.Generator().manual_seed(seed)
+    d, inner = config["hidden_size"], config["intermediate_size"]
+    D = config.get("head_dim") or d // config["num_attention_heads"]
+    q, kv, family = config["num_attention_heads"] * D, config["num_key_value_heads"] * D, config["model_type"]
+    shapes = {"model.embed_tokens.weight": (VOCAB, d)}
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        for name, rows, columns in (("q", q, d), ("k", kv, d), ("v", kv, d), ("o", d, q)):
+            shapes[f"{at}self_attn.{name}_proj.weight"] = rows, columns
+            if family == "qwen2" and name != "o":
+                shapes[f"{at}self_attn.{name}_proj.bias"] = rows,
+        if family == "qwen3":
+            shapes |= {f"{at}self_attn.q_norm.weight": (D,), f"{at}self_attn.k_norm.weight": (D,)}
+        shapes |= {f"{at}mlp.gate_proj.weight": (inner, d), f"{at}mlp.up_proj.weight": (inner, d), f"{at}mlp.down_proj.weight": (d, inner),
+                   f"{at}input_layernorm.weight": (d,), f"{at}post_attention_layernorm.weight": (d,)}
+    shapes |= {"model.norm.weight": (d,)} | ({} if config["tie_word_embeddings"] else {"lm_head.weight": (VOCAB, d)})
+    return {name: torch.randint(-31, 32, shape, generator=draw) / 64 + ("norm" in name) for name, shape in shapes.items()}
+
+
+def build(family="qwen2", seed=0, **config):
+    config = config_json(family) | config
+    return {"config.json": config, "generation_config.json": {"bos_token_id": 290, "eos_token_id": [292, 290], "do_sample": True},
+            "model.safetensors": weights(config, seed), "tokenizer.json": tokenizer_json(),
+            "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "bos_token": None,
+                                      "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": TEMPLATE}}
+
+
+def safetensors(tensors, metadata=None, pad=0, order=None, change=None, header=None, data=None, length=None):
+    """The bytes of a file. order: the names as their data follows each other; change(header) before it is written;
+    header, data, length: bytes (a number) to write instead of the true ones."""
+    import torch
+    entries, blobs, end = {}, [], 0
+    for name in order or tensors:
+        tensor = tensors[name].contiguous()
+        code = next(code for code, dtype in NAMES.items() if tensor.dtype == getattr(torch, dtype))
+        blobs.append(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [end, end + len(blobs[-1])]}
+        end += len(blobs[-1])
+    entries = {name: entries[name] for name in tensors} | ({} if metadata is None else {"__metadata__": metadata})
+    if change:
+        entries = change(entries) or entries
+    text = (json.dumps(entries).encode() if header is None else header) + b" " * pad
+    return struct.pack("<Q", len(text) if length is None else length) + text + (b"".join(blobs) if data is None else data)
+
+
+def write(folder, files):
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if name.endswith(".safetensors") and isinstance(content, dict):
+            content = safetensors(content, metadata={"format": "pt"})
+        elif isinstance(content, str):
+            content = content.encode("utf-8", "surrogateescape")
+        elif not isinstance(content, bytes):
+            content = json.dumps(content).encode()
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def shards(tensors, parts=3):
+    """{name: tensors} -> the files of a sharded model."""
+    names = list(tensors)
+    files, weight_map = {}, {}
+    for part in range(parts):
+        file = f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+        files[file] = {name: tensors[name] for name in names[part::parts]}
+        weight_map |= dict.fromkeys(files[file], file)
+    return files | {"model.safetensors.index.json": {"metadata": {"total_size": 1}, "weight_map": weight_map}}
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------------------
+
+Result = namedtuple("Result", "status out err seconds growth")     # growth: of the resident memory, in MB
+
+
+class Command:
+    """generate.py, run in forks of one process. A fork has what an interpreter has after `import generate`, and nothing else."""
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        atexit.register(self.close)
+
+    def __call__(self, arguments, stdin=b"", limit=10, cwd=None, interrupt=(), standard={}, **environment):
+        """interrupt: a signal, and after how many seconds it is sent. standard: what stands for the descriptors 0, 1, 2 instead
+        of a file each: a path, "|" for a pipe whose other end is closed, None for nothing."""
+        request = {"arguments": [str(a) for a in arguments], "stdin": stdin.hex(), "limit": limit, "cwd": str(cwd or ROOT),
+                   "interrupt": interrupt, "standard": list(standard.items()), "environment": environment}
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.flush()
+        return Result(**json.loads(self.process.stdout.readline()))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(10)
+
+
+@functools.cache
+def command():
+    return Command()
+
+
+def child(request, files):
+    """The fork: a process as the shell would start it, from the first line of generate.py after its imports."""
+    import cli
+    import generate
+    for fd, file in enumerate(files):
+        os.dup2(file.fileno(), fd)
+    for fd, other in request["standard"]:
+        if other is None:
+            os.close(fd)
+            setattr(sys, ("stdin", "stdout", "stderr")[fd], None)
+        elif other == "|":
+            read, write = os.pipe()
+            os.dup2(write, fd)
+            os.close(read), os.close(write)
+        else:
+            os.dup2(os.open(other, os.O_RDWR), fd)
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    sys.argv = ["generate.py", *request["arguments"]]
+    try:
+        cli.run(generate.main, generate.parse_arguments())
+    except SystemExit as end:                   # wrong options
+        sys.stderr.flush()
+        os._exit(end.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def serve():
+    """The process behind Command: a request a line in, a result a line out."""
+    import resource
+    import cli
+    import generate
+    import torch
+    import jinja2.sandbox                       # a real run would import it on demand; here it would cost every fork again
+    torch.set_num_threads(1)
+    cli.early_signals()                         # so that a fork answers them from its first moment
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            given.write(bytes.fromhex(request["stdin"]))
+            given.seek(0)
+            before, began = resident(), time.perf_counter()
+            pid = os.fork()
+            if pid == 0:
+                child(request, (given, out, err))
+            ended = select.poll()
+            watch = os.pidfd_open(pid)
+            ended.register(watch, select.POLLIN)
+            if request["interrupt"] and not ended.poll(request["interrupt"][1] * 1000):
+                os.kill(pid, request["interrupt"][0])
+            late = not ended.poll(request["limit"] * 1000)
+            if late:
+                os.kill(pid, signal.SIGKILL)
+            _, status, usage = os.wait4(pid, 0)
+            os.close(watch)
+            out.seek(0), err.seek(0)
+            code = "did not end" if late else os.waitstatus_to_exitcode(status)
+            print(json.dumps({"status": code, "out": out.read().decode("utf-8", "replace"), "err": err.read().decode("utf-8", "replace"),
+                              "seconds": time.perf_counter() - began, "growth": usage.ru_maxrss / 1024 - before}), flush=True)
+
+
+def resident():
+    """MB of memory this process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+if __name__ == "__main__":
+    serve()
