@@ -1,7 +1,7 @@
 """How fast is each stage, and how fast could it be? Every figure stands beside its physical limit, measured in the same run.
 
     python benchmark.py                                     the embedded model and a random one of 0.5 B parameters
-    python benchmark.py --peers --peer-python /opt/hf/bin/python        beside transformers and llama.cpp
+    python benchmark.py --peers --peer-python PATH          beside transformers and llama.cpp
     python benchmark.py --sweep                             what SLOT costs: prompt length, steps, vocabulary, width, batch
 
 Reading the weights once a token bounds decoding; multiplying by them once a prompt token bounds prefill; SLOT with few steps is

@@ -16,6 +16,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x):
+        x = x.contiguous()          # a strided batch, hidden[:, -1:], makes torch copy the whole weight for each of its rows
         if x.is_cpu and x.dtype in NATIVE_GEMM:
             return linear_16bit_cpu(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)

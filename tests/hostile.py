@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 # ---- the folder ----------------------------------------------------------------------------------------------------------------
 
-VOCAB = 300                                     # 256 bytes, 20 merges, 3 control tokens from id 290 on: holes and padding
-SPECIAL = {"<|endoftext|>": 290, "<|im_start|>": 291, "<|im_end|>": 292}
+VOCAB = 300                                     # 256 bytes, 20 merges, 3 control tokens; the rest is padding
+SPECIAL = {"<|endoftext|>": 276, "<|im_start|>": 277, "<|im_end|>": 278}
 TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -70,7 +70,7 @@ def config_json(family):
               "model_type": family, "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 512,
               "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": False,
-              "bos_token_id": 290, "eos_token_id": 292, "torch_dtype": "float32", "use_cache": True, "initializer_range": 0.02}
+              "bos_token_id": 276, "eos_token_id": 278, "torch_dtype": "float32", "use_cache": True, "initializer_range": 0.02}
     if family == "llama":
         return config | {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
     config |= {"sliding_window": 32, "use_sliding_window": False, "max_window_layers": 1, "attention_dropout": 0.0}
@@ -101,7 +101,7 @@ def weights(config, seed=0):
 
 def build(family="qwen2", seed=0, **config):
     config = config_json(family) | config
-    return {"config.json": config, "generation_config.json": {"bos_token_id": 290, "eos_token_id": [292, 290], "do_sample": True},
+    return {"config.json": config, "generation_config.json": {"bos_token_id": 276, "eos_token_id": [278, 276], "do_sample": True},
             "model.safetensors": weights(config, seed), "tokenizer.json": tokenizer_json(),
             "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "bos_token": None,
                                       "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": TEMPLATE}}

@@ -121,10 +121,10 @@ def test_prompt_not_utf8(bytes, folder):
 
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "word " * 200_000, " " * 1_000_000, "<|im_end|>" * 100_000, "\U0001F600" * 250_000, "1" * 1_000_000,
-                                  "<|im_" * 200_000, "\n" * 1_000_000], ids=lambda text: repr(text[:10]))
+                                  "<|im_" * 200_000, "\n" * 1_000_000, "a" + "\u0301\u0316" * 250_000], ids=lambda text: ascii(text[:10]))
 def test_prompt_of_a_megabyte(text, folder):
     for raw in ([], ["--raw"]):
-        check_error(command()(["--model", folder, "--prompt", "-", *raw], text.encode(), limit=30), 1, "512", "shorten")
+        check_error(command()(["--model", folder, "--prompt", "-", *raw], text.encode()), 1)
 
 
 PROMPTS = {"missing": None, "empty": b"", "blank": b"\n \n", "not JSON": b"hello\n", "a number": b"5\n", "a list": b'["a"]\n', "no prompt": b'{"text": "a"}\n',
