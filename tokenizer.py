@@ -83,6 +83,13 @@ def join(piece, rank, joins=None):
     return [part for part in parts if part is not None]
 
 
+def nfc(text):
+    """Unicode's composed form. A letter with n marks costs n², in a call that nothing can interrupt; no language writes 100."""
+    if regex.search(r"\p{M}{1000}", text):
+        raise ValueError("text: has 1,000 combining marks in a row; shorten them")
+    return unicodedata.normalize("NFC", text)
+
+
 class BytePairs:
     """Text without added tokens -> ids: by tiktoken, where that is provably what the reference library does.
 
@@ -203,7 +210,7 @@ class Tokenizer:
             self.rounds.append((re.compile(longest_first or "(?!)"), entries))
 
     def _nfc(self, text):
-        return unicodedata.normalize("NFC", text) if self.pairs.nfc else text
+        return nfc(text) if self.pairs.nfc else text
 
     def encode(self, text, allow_special=False):
         """Ids of a text. Nothing is added before or after it, and special tokens in it are ordinary text unless allowed."""
@@ -493,14 +500,16 @@ def load_tokenizer(folder):
                "the two files must be of one model")
     named = {name: [added[text]["id"]] for name, text in names.items() if text in added}
     bos_ids, eos_ids = parts["bos_ids"], parts["eos_ids"] + named.get("eos_token", [])
+    if settings.get("add_bos_token") not in (None, True, False):
+        refuse(folder / "tokenizer_config.json", f"add_bos_token is {show(settings['add_bos_token'])}, not true or false", "correct it")
     if settings.get("add_bos_token") is True and not bos_ids:       # tokenizer.json has the first word on it
         bos_ids = named.get("bos_token", [])
     for name in ("config.json", "generation_config.json"):
         value = read(name).get("eos_token_id")
         eos_ids += value if isinstance(value, list) else [] if value is None else [value]
         for id in eos_ids:
-            if type(id) is not int or id < 0:
-                refuse(folder / name, f"eos_token_id holds {show(id)}, not an id", "correct it")
+            if type(id) is not int or not 0 <= id < (size if type(size) is int else 1 << 31):
+                refuse(folder / name, f"eos_token_id holds {show(id)}, not an id of the vocabulary", "correct it")
 
     template = settings.get("chat_template")
     if isinstance(template, list):                                  # several, each with a name
@@ -598,6 +607,8 @@ def from_tokenizer_json(path):
     if not steps or steps[-1].get("type") != "ByteLevel":
         refuse(path, "pre_tokenizer does not end in ByteLevel; only byte-level BPE is read", USE)
     for text, _ in splits:
+        if len(text) > 2000 or re.search(r"\{[\d,]*\d{3}", text):       # compiling a count of millions takes all memory
+            refuse(path, f"pre_tokenizer pattern {show(text)} is longer, or counts further, than any in use", USE)
         try:
             matches_nothing = regex.compile(text).fullmatch("")
         except (regex.error, RecursionError, OverflowError) as error:
@@ -701,7 +712,7 @@ def checked_vocab(path, vocab, merges):
     return {token: vocab[text] for text, token in spelling.items() if token}, pairs
 
 
-def checked_added(path, entries, texts, words, nfc):
+def checked_added(path, entries, texts, words, composed):
     """Added tokens {text: {"id", "special", "normalized"}}. A later entry for the same text and id replaces an earlier one."""
     added, owner, canonical = {}, {}, {}
     for entry in entries:
@@ -715,7 +726,7 @@ def checked_added(path, entries, texts, words, nfc):
                 refuse(path, f"added token {show(text)}: {flag} is {show(value)}, not true or false", "correct it")
             if value and flag not in ("special", "normalized"):
                 refuse(path, f"added token {show(text)}: {flag} is not implemented", USE)
-        same = canonical.setdefault(unicodedata.normalize("NFC", text) if nfc and flags["normalized"] else text, text)
+        same = canonical.setdefault(nfc(text) if composed and flags["normalized"] else text, text)
         if same != text or added.get(text, entry)["id"] != id or texts.get(text, id) != id:
             refuse(path, f"added token {show(text)} with the id {id} clashes: the same text has another id")
         if owner.setdefault(id, text) != text or id in words and texts.get(text) != id:

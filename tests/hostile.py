@@ -183,7 +183,7 @@ def command():
     return Command()
 
 
-def child(request, files):
+def child(request, files, ready):
     """The fork: a process as the shell would start it, from the first line of generate.py after its imports."""
     import cli
     import generate
@@ -202,6 +202,8 @@ def child(request, files):
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     sys.argv = ["generate.py", *request["arguments"]]
+    os.write(ready, b".")                       # earlier, Python would lose a signal in the fork itself
+    os.close(ready)
     try:
         cli.run(generate.main, generate.parse_arguments())
     except SystemExit as end:                   # wrong options
@@ -215,7 +217,6 @@ def child(request, files):
 
 def serve():
     """The process behind Command: a request a line in, a result a line out."""
-    import resource
     import cli
     import generate
     import torch
@@ -228,9 +229,14 @@ def serve():
             given.write(bytes.fromhex(request["stdin"]))
             given.seek(0)
             before, began = resident(), time.perf_counter()
+            started, ready = os.pipe()
             pid = os.fork()
             if pid == 0:
-                child(request, (given, out, err))
+                os.close(started)
+                child(request, (given, out, err), ready)
+            os.close(ready)
+            os.read(started, 1)
+            os.close(started)
             ended = select.poll()
             watch = os.pidfd_open(pid)
             ended.register(watch, select.POLLIN)
