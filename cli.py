@@ -51,12 +51,15 @@ def early_signals():
 
 def run(main, args):
     """main(args), and the end of the process: status 0, 1 after a line that says why, 128 + n after signal n."""
+    arrived = []
+
     def stop(number, frame):
+        arrived.append(number)
         raise KeyboardInterrupt(number)
 
     def swallowed(what, usual=sys.unraisablehook):
-        if isinstance(what.exc_value, KeyboardInterrupt):       # came where nothing can be raised, as inside os.fork
-            os._exit(128 + what.exc_value.args[0])
+        if arrived:                                             # came where nothing can be raised, as inside os.fork
+            os._exit(128 + arrived[0])
         usual(what)
 
     sys.stdin, sys.stdout, sys.stderr = (                       # None if whoever started us has closed it
@@ -66,13 +69,18 @@ def run(main, args):
     warnings.showwarning = lambda message, *_: print(f"note      {message}", file=sys.stderr)
     status = 0
     try:
-        for number in SIGNALS:
-            signal.signal(number, stop)
-        main(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt as signalled:
+        try:
+            for number in SIGNALS:
+                signal.signal(number, stop)
+            main(args)
+            sys.stdout.flush()
+        except BaseException:
+            if arrived:                                         # whatever the signal has become on its way up
+                raise KeyboardInterrupt from None
+            raise
+    except KeyboardInterrupt:
         early_signals()
-        status = 128 + (signalled.args[0] if signalled.args else 2)
+        status = 128 + (arrived[0] if arrived else 2)
     except BrokenPipeError:                                     # `| head` has read enough
         pass
     except SystemExit as end:

@@ -381,6 +381,8 @@ def fuzz(seed=0, seconds=None, hundreds=1, say=print):
                 due[kind] += share
                 while number[kind] < due[kind] and not (seconds and time.monotonic() - began > seconds):
                     result = run_case(kind, number[kind], seed, Path(place) / kind)
+                    if result.startswith("did not end"):            # again: the machine may have stood still
+                        result = run_case(kind, number[kind], seed, Path(place) / kind)
                     if result in ("loaded", "refused"):
                         counts[kind, result] += 1
                     else:

@@ -217,6 +217,17 @@ def test_disk_full(folder):
     quiet("\n".join(figures))
 
 
+@pytest.mark.parametrize("out", ["a-file", "a-file/below", "/proc/nothing"])
+def test_results_cannot_be_written(out, folder, tmp_path):
+    """evaluate.py --out: refused before anything is computed, and what lay there is left as it was."""
+    (tmp_path / "a-file").write_bytes(b"mine")
+    run = subprocess.run([sys.executable, ROOT / "evaluate.py", "--model", folder, "--limit", "2", "--steps", "0", "--out", out], cwd=tmp_path, timeout=60,
+                         capture_output=True, text=True, env=ENVIRONMENT)
+    *figures, line = run.stderr.splitlines()
+    assert run.returncode == 1 and line.startswith("evaluate.py: ") and out in line and "Traceback" not in run.stderr, run
+    assert (tmp_path / "a-file").read_bytes() == b"mine"
+
+
 # ---- and in forks ----------------------------------------------------------------------------------------------------------------
 
 def test_signals_at_random_moments(endless):
