@@ -17,10 +17,14 @@ import pytest
 import tiktoken
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+import bpe  # noqa: E402
 import checks  # noqa: E402
 import make_golden_tokenizer as golden  # noqa: E402
 import tokenizer  # noqa: E402
-from tokenizer import load_tokenizer, render, spelled  # noqa: E402
+import vocabulary  # noqa: E402
+from chat_template import render  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
+from vocabulary import spelled  # noqa: E402
 
 QWEN2 = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "qwen2"
 ANSWERS = json.loads(golden.FILE.read_text())
@@ -45,7 +49,7 @@ def spec(merges=("h i", "Ġ hi"), extra=(), added=(), **model):
     for text in [*(merge.replace(" ", "") for merge in merges), *extra]:
         vocab.setdefault(text, len(vocab))
     return {"added_tokens": list(added), "normalizer": {"type": "NFC"},
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(tokenizer.QWEN2), LEVEL]}, "decoder": LEVEL,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(bpe.QWEN2), LEVEL]}, "decoder": LEVEL,
             "model": {"type": "BPE", "vocab": vocab, "merges": list(merges), "ignore_merges": False, **model}}
 
 
@@ -88,9 +92,9 @@ def test_seeds_reach_both_roads():
     doubted = 0
     for seed in golden.SEEDS:
         model = golden.tokenizer_json(seed)["model"]
-        vocab, pairs = tokenizer.checked_vocab(Path("x"), model["vocab"], model["merges"])
-        bpe = tokenizer.BytePairs(vocab, pairs, [(tokenizer.GPT2, True)], ignore_merges=model["ignore_merges"])
-        doubted += not all(bpe._trust([rank]) for rank in range(len(bpe.ids)))
+        vocab, merges = vocabulary.checked_vocab(Path("x"), model["vocab"], model["merges"])
+        pairs = bpe.BytePairs(vocab, merges, [(bpe.GPT2, True)], ignore_merges=model["ignore_merges"])
+        doubted += not all(pairs._trust([rank]) for rank in range(len(pairs.ids)))
     assert 5 < doubted < len(golden.SEEDS) - 5
 
 
@@ -154,7 +158,7 @@ def test_what_a_removed_gap_means(tmp_path):
 
 
 def test_how_text_is_cut_into_pieces(tmp_path):
-    assert [tokenizer.QWEN2, tokenizer.LLAMA3, tokenizer.GPT2] == golden.PATTERNS[:3]
+    assert [bpe.QWEN2, bpe.LLAMA3, bpe.GPT2] == golden.PATTERNS[:3]
     digits = {"type": "Digits", "individual_digits": True}
     for steps, parts in (([LEVEL], ["xĠ", "12"]), ([{**LEVEL, "use_regex": True}], ["x", "Ġ12"]),
                          ([{key: LEVEL[key] for key in LEVEL if key != "use_regex"}], ["x", "Ġ12"]),
@@ -187,10 +191,10 @@ def test_a_token_without_a_merge_is_taken_only_as_a_whole_piece(tmp_path):
 def test_join_by_hand_and_on_a_long_piece():
     table, joins = {(b"e", b"r"): 0, (b"w", b"er"): 1, (b"l", b"o"): 2, (b"a", b"a"): 3, (b"aa", b"aa"): 4}, []
     rank = lambda a, b: table.get((a, b))
-    assert tokenizer.join(b"lower", rank, joins) == [b"lo", b"wer"] and joins == [(b"e", b"r"), (b"w", b"er"), (b"l", b"o")]
-    assert tokenizer.join(b"aaaaa", rank) == [b"aaaa", b"a"] and tokenizer.join(b"", rank) == []
+    assert bpe.join(b"lower", rank, joins) == [b"lo", b"wer"] and joins == [(b"e", b"r"), (b"w", b"er"), (b"l", b"o")]
+    assert bpe.join(b"aaaaa", rank) == [b"aaaa", b"a"] and bpe.join(b"", rank) == []
     started = seconds()
-    assert tokenizer.join(b"a" * 100_001, rank) == [b"aaaa"] * 25_000 + [b"a"] and seconds() - started < 10
+    assert bpe.join(b"a" * 100_001, rank) == [b"aaaa"] * 25_000 + [b"a"] and seconds() - started < 10
 
 
 def test_the_same_vocabulary_in_three_spellings(tmp_path):
@@ -227,11 +231,11 @@ def meta_file(tokens):
 def test_metas_file_is_tiktoken_itself(tmp_path):
     tokens = [bytes([byte]) for byte in range(256)] + [b"he", b"ll", b"llo", b"hello", b" w", b"12", b"123", b"xyz", "é".encode()]
     ours = load_tokenizer(write(tmp_path, tokenizer__model=meta_file(tokens)))
-    names = tokenizer.META_SPECIAL
+    names = vocabulary.META_SPECIAL
     assert len(names) == len(set(names)) == 256 and names[0] == "<|begin_of_text|>" and names[255] == "<|reserved_special_token_245|>"
     assert [names.index(f"<|{name}|>") for name in ("finetune_right_pad_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag")] \
         == [4, 6, 7, 8, 9, 10]                                      # 128004, 128006, ... in the real vocabulary of 128000
-    theirs = tiktoken.Encoding("x", pat_str=tokenizer.LLAMA3, mergeable_ranks={each: rank for rank, each in enumerate(tokens)},
+    theirs = tiktoken.Encoding("x", pat_str=bpe.LLAMA3, mergeable_ranks={each: rank for rank, each in enumerate(tokens)},
                                special_tokens={name: len(tokens) + i for i, name in enumerate(names)})
     for text in ("hello w1234 xyz xyzz é e\u0301", "<|eot_id|>hello<|begin_of_text|>", "", "  \n\n a"):
         assert ours.encode(text) == theirs.encode(text, disallowed_special=())
@@ -504,7 +508,7 @@ def test_other_files(tmp_path):
 
 def test_an_endless_pattern_ends(tmp_path, monkeypatch):
     """Backtracking without end is a pattern's right; it ends after a while with one line."""
-    monkeypatch.setattr(tokenizer, "PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr(bpe, "PATTERN_SECONDS", 0.2)
     data = spec()
     changed(data, (*S, "pattern"), {"Regex": "(?:a+a+)+b"})
     ours = load_tokenizer(write(tmp_path, data))
