@@ -12,6 +12,11 @@ import warnings
 from pathlib import Path
 
 
+# Linux hands out memory in pages of 4 KB, which takes longer than filling them; SLOT's (n, V) tensors come and go. torch asks for
+# pages of 2 MB if this is set before it allocates.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (see --help)", status=2)               # one line instead of the whole usage

@@ -1,7 +1,7 @@
-"""y = x Wᵀ, and what it takes to do that at the machine's speed with 16-bit weights on a CPU.
+"""y = x Wᵀ, and what it takes to do that at the machine's speed on a CPU.
 
-A reader of the model needs the class only: it is F.linear. The two functions below it are the one place where the project
-works around torch's choice of kernels; benchmark.py shows what they bring. On GPUs, and in float32, none of it is used.
+A reader of the model needs the class only: it is F.linear. The functions below it are the one place where the project
+works around torch's choice of kernels; benchmark.py shows what they bring. On GPUs none of it is used.
 """
 import torch
 import torch.nn as nn
@@ -16,57 +16,99 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x):
-        x = x.contiguous()          # a strided batch, hidden[:, -1:], makes torch copy the whole weight for each of its rows
-        if x.is_cpu and x.dtype in NATIVE_GEMM:
-            return linear_16bit_cpu(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        rows = x.reshape(-1, x.shape[-1])       # flat: of a slice like hidden[:, :-1] torch would copy W first, once a sample
+        return (linear_cpu if x.is_cpu else F.linear)(rows, self.weight, self.bias).view(*x.shape[:-1], -1)
 
 
 # Whether this CPU multiplies matrices of the dtype in hardware (AVX-512 BF16, AMX); most laptops do not.
 NATIVE_GEMM = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
                torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported()}
+PARTS = 8               # a product in so many parts keeps so many cores busy
 
 
-def linear_16bit_cpu(x, weight, bias):
-    """F.linear for 16-bit weights on a CPU, where torch's own choice of kernel is far from the machine's limits.
+def linear_cpu(x, weight, bias):
+    """F.linear on a CPU, for x (rows, inputs), where torch's own choice of kernel is far from the machine's limits.
 
-    One row (decoding): reading the weight is all the work. torch's own loop does it at memory speed, oneDNN, which F.linear
-    prefers, at less than half of that; so oneDNN is switched off for the moment.
+    One row: decoding, and SLOT's W δ. Reading the weight is all the work; `one_row`.
     Many rows (prefill) without hardware support: a 16-bit product runs 5 to 10 times slower than one in float32. So float32
-    it is, a block of the weight at a time: the block stays in the processor's cache, and no second copy of W is made.
+    it is, without a second copy of W; `product_float32`.
     """
-    rows = x.numel() // x.shape[-1]
-    if rows == 1:
-        before = torch._C._get_mkldnn_enabled()                 # the public torch.backends.mkldnn.flags costs 20 times this
-        torch._C._set_mkldnn_enabled(False)
-        try:
-            return F.linear(x, weight, bias)
-        finally:
-            torch._C._set_mkldnn_enabled(before)
-    if rows <= 16 or NATIVE_GEMM[x.dtype] or (x.requires_grad and torch.is_grad_enabled()):
+    rows, graph = len(x), torch.is_grad_enabled() and x.requires_grad
+    if torch.is_grad_enabled() and weight.requires_grad:
         return F.linear(x, weight, bias)
-    columns = x.reshape(rows, -1).float().T.contiguous()        # (inputs, rows)
-    out = x.new_empty(len(weight), rows, dtype=torch.float32)   # (outputs, rows): each block fills whole rows of it
-    block = x.new_empty(1024, weight.shape[1], dtype=torch.float32)
-    for i in range(0, len(weight), 1024):
-        part = weight[i:i + 1024]
-        torch.mm(block[:len(part)].copy_(part), columns, out=out[i:i + 1024])
-    if bias is not None:
-        out += bias[:, None]
-    return x.new_empty(rows, len(weight)).copy_(out.T).view(*x.shape[:-1], -1)
+    if rows == 1:
+        return OneRow.apply(x, weight, bias) if graph else one_row(x, weight, bias)
+    if graph or rows <= 16 or NATIVE_GEMM.get(x.dtype, True):
+        return F.linear(x, weight, bias)
+    y = product_float32(x, weight)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
-def transposed_16bit_cpu(r, weight):
-    """r W for 16-bit r (B, outputs) and weight (outputs, inputs) on a CPU -> (B, inputs) float32: the product that SLOT's
-    gradient needs. torch runs a single one on one core and sums in 16 bits; as eight partial products, summed in float32, it
-    uses all cores and comes near memory speed."""
-    B, V = r.shape
-    most = V - V % 8
-    before = torch._C._get_mkldnn_enabled()
+def product_float32(x, weight):
+    """x Wᵀ for many rows x (rows, inputs) -> (rows, outputs) float32: SLOT's W h, and the many rows of `linear_cpu`.
+
+    A block of W at a time, so that what is made on the way, W or the product in the other dtype, stays in the cache."""
+    if not x.is_cpu:
+        return F.linear(x, weight).float()
+    out = x.new_empty(len(x), len(weight), dtype=torch.float32)
+    if NATIVE_GEMM.get(x.dtype):
+        for i in range(0, len(weight), 8192):
+            out[:, i:i + 8192] = F.linear(x, weight[i:i + 8192])
+        return out
+    x, block = x.float(), x.new_empty(2048, x.shape[1], dtype=torch.float32)
+    for i in range(0, len(weight), 2048):
+        part = weight[i:i + 2048]
+        if part.dtype != torch.float32:
+            part = block[:len(part)].copy_(part)
+        torch.mm(x, part.T, out=out[:, i:i + 2048])
+    return out
+
+
+def one_row(x, weight, bias=None):
+    """x Wᵀ (+ b) for x (1, inputs) at memory speed -> (1, outputs).
+
+    In float32 MKL may use one core only; as a batch of partial products it uses all. In 16 bits torch's own loop reads at memory
+    speed, oneDNN, which F.linear prefers, at less than half of that; so oneDNN is switched off for the moment."""
+    outputs, inputs = weight.shape
+    if x.dtype == torch.float32:
+        if outputs % PARTS or outputs * inputs < 1 << 18:           # a small matrix stays in the cache
+            return F.linear(x, weight, bias)
+        y = torch.bmm(weight.view(PARTS, -1, inputs), x.T.expand(PARTS, inputs, 1)).view(1, outputs)
+        return y if bias is None else y + bias
+    with_onednn = torch._C._get_mkldnn_enabled()                    # the public torch.backends.mkldnn.flags costs 20 times this
     torch._C._set_mkldnn_enabled(False)
     try:
-        parts = weight[:most].view(8, most // 8, -1).transpose(1, 2)                                # (8, inputs, outputs/8)
-        rows = [torch.bmm(parts, row[:most].view(8, most // 8, 1)).float().sum(0)[:, 0] for row in r]   # (inputs,) each
+        return F.linear(x, weight, bias)
     finally:
-        torch._C._set_mkldnn_enabled(before)
-    return torch.stack(rows) + r[:, most:].float() @ weight[most:].float()
+        torch._C._set_mkldnn_enabled(with_onednn)
+
+
+class OneRow(torch.autograd.Function):
+    """`one_row` for autograd, with a gradient for x only: what the readable loop of slot.py asks of a frozen head."""
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return one_row(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, r):
+        return transposed_cpu(r, ctx.saved_tensors[0]).to(r.dtype), None, None
+
+
+def transposed_cpu(r, weight):
+    """r W for r (B, outputs) and weight (outputs, inputs) of one dtype, on a CPU -> (B, inputs) float32: the product that SLOT's
+    gradient needs. torch runs a single one on one core and sums in the given dtype; as partial products, summed in float32, it
+    uses all cores and comes near memory speed."""
+    most = r.shape[1] - r.shape[1] % PARTS
+    parts = weight[:most].view(PARTS, most // PARTS, -1)                                            # (8, outputs/8, inputs)
+    if weight.dtype == torch.float32:
+        sums = torch.bmm(r[:, :most].view(len(r), PARTS, -1).transpose(0, 1), parts).sum(0)         # (B, inputs)
+    else:
+        with_onednn = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            columns = r[:, :most].view(len(r), PARTS, -1, 1)
+            sums = torch.stack([torch.bmm(parts.transpose(1, 2), column).float().sum(0)[:, 0] for column in columns])
+        finally:
+            torch._C._set_mkldnn_enabled(with_onednn)
+    return sums + r[:, most:].float() @ weight[most:].float()

@@ -37,7 +37,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from linear import transposed_16bit_cpu
+from linear import product_float32, transposed_cpu
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-5, 1e-8     # of the authors' AdamW
 
@@ -110,7 +110,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
     """
     targets, n = next_tokens(hidden, tokens, steps, lr, mask)
     (B, _, d), V, weight = hidden.shape, lm_head.weight.shape[0], lm_head.weight
-    rows = max(1, memory // (24 * V))           # positions at a time: logits in bfloat16 and float32 take a quarter of memory
+    rows = max(1, memory // (16 * V))           # positions at a time: their logits take a quarter of memory
     budget = memory - memory // 4               # the rest keeps E between the steps; a single step has no use for that
     blocks, y = [], torch.zeros(B, V, device=hidden.device)                     # y (B, V)
     for i in range(B):
@@ -118,7 +118,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
         for h, x in zip(hidden[i, :-1][real].split(rows), targets[i][real].split(rows)):    # (r, d), (r,)
             y[i].index_add_(0, x, torch.ones_like(x, dtype=y.dtype) / n[i])
             budget -= 4 * len(x) * V
-            blocks.append((i, h, x, exponentials(lm_head(h).float(), x) if budget >= 0 and steps > 1 else None))
+            blocks.append((i, h, x, exponentials(product_float32(h, weight), x) if budget >= 0 and steps > 1 else None))
 
     def fit(use_kept):
         delta, mean, square = torch.zeros(3, B, d, device=hidden.device)        # δ and AdamW's two moments
@@ -136,7 +136,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
                     p[i].addcmul_(c[i], E.T @ (1 / s))
                     above = above + top[i] - b[i][x]
                 else:                                                           # the same with b inside E, and so c = 1
-                    E, above = exponentials(lm_head(h).float().add_(b[i]), x)
+                    E, above = exponentials(product_float32(h, weight).add_(b[i]), x)
                     s = E.sum(1)
                     p[i] += E.T @ (1 / s)
                 losses[step, i] += (s.log() + above).sum() / n[i]
@@ -164,10 +164,6 @@ def exponentials(z, x):
 
 def weight_gradient(r, weight):
     """Wᵀ r of every sample: r (B, V) float32, weight (V, d) -> (B, d) float32."""
-    if weight.dtype == torch.float32:
-        return r @ weight
     scale = r.abs().amax().clamp(min=1e-30)         # float16 has no numbers as small as most entries of r
     r = (r / scale).to(weight.dtype)
-    if not weight.is_cpu:
-        return (r @ weight).float() * scale
-    return transposed_16bit_cpu(r, weight) * scale
+    return (transposed_cpu(r, weight) if weight.is_cpu else (r @ weight).float()) * scale
