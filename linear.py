@@ -100,14 +100,14 @@ def transposed_cpu(r, weight):
     gradient needs. torch runs a single one on one core and sums in the given dtype; as partial products, summed in float32, it
     uses all cores and comes near memory speed."""
     most = r.shape[1] - r.shape[1] % PARTS
-    parts = weight[:most].view(PARTS, most // PARTS, -1)                                            # (8, outputs/8, inputs)
+    parts = weight[:most].view(PARTS, most // PARTS, weight.shape[1])                               # (8, outputs/8, inputs)
     if weight.dtype == torch.float32:
-        sums = torch.bmm(r[:, :most].view(len(r), PARTS, -1).transpose(0, 1), parts).sum(0)         # (B, inputs)
+        sums = torch.bmm(r[:, :most].view(len(r), PARTS, most // PARTS).transpose(0, 1), parts).sum(0)         # (B, inputs)
     else:
         with_onednn = torch._C._get_mkldnn_enabled()
         torch._C._set_mkldnn_enabled(False)
         try:
-            columns = r[:, :most].view(len(r), PARTS, -1, 1)
+            columns = r[:, :most].view(len(r), PARTS, most // PARTS, 1)
             sums = torch.stack([torch.bmm(parts.transpose(1, 2), column).float().sum(0)[:, 0] for column in columns])
         finally:
             torch._C._set_mkldnn_enabled(with_onednn)

@@ -191,12 +191,15 @@ def test_half_precision_folders(name):
             f"{name}, {rows} rows in chunks of {chunk}: relative rms error {off:.2e}"
 
 
-@pytest.mark.parametrize("outputs", [100, 1024, 2500])
+CLOSE = {torch.bfloat16: 0.004, torch.float16: 0.0005, torch.float32: 5e-6}
+
+
+@pytest.mark.parametrize("outputs", [5, 100, 1024, 2500, 4096, 9001])
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 1), (2, 20), (70,)])
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("dtype", HALF.values())
+@pytest.mark.parametrize("dtype", CLOSE)
 @torch.no_grad()
-def test_16_bit_products(dtype, native, rows, outputs, monkeypatch):
+def test_products(dtype, native, rows, outputs, monkeypatch):
     """Linear takes different ways for one row, few and many, long weights in blocks, and by what the CPU can: each is x Wᵀ + b,
     rounded once. Both ways are tried on every CPU (one without 16-bit products in hardware computes them slowly)."""
     monkeypatch.setitem(linear.NATIVE_GEMM, dtype, native)
@@ -208,7 +211,51 @@ def test_16_bit_products(dtype, native, rows, outputs, monkeypatch):
     y = layer(x)
     assert y.shape == (*rows, outputs) and y.dtype == dtype
     off = relative_rms(y.double(), x.double() @ layer.weight.double().T + layer.bias.double())
-    assert off < {torch.bfloat16: 0.004, torch.float16: 0.0005}[dtype], f"relative rms error {off:.1e}"
+    assert off < CLOSE[dtype], f"relative rms error {off:.1e}"
+    z = linear.product_float32(x.view(-1, 64), layer.weight)
+    assert z.shape == (x.numel() // 64, outputs) and z.dtype == torch.float32
+    off = relative_rms(z.double(), x.double().view(-1, 64) @ layer.weight.double().T)
+    assert off < CLOSE[dtype], f"relative rms error of W h {off:.1e}"
+
+
+@pytest.mark.parametrize("outputs", [5, 100, 4096, 9001])
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_transposed_products(dtype, outputs):
+    """r W, by itself and as the gradient that autograd asks for: of x alone where the weight is frozen, of all where it is not."""
+    g = torch.Generator().manual_seed(0)
+    layer = linear.Linear(64, outputs, bias=True).to(dtype)
+    layer.weight.data = torch.randn(outputs, 64, generator=g).to(dtype)
+    layer.bias.data = torch.randn(outputs, generator=g).to(dtype)
+    for B in (1, 3):
+        r = torch.randn(B, outputs, generator=g).to(dtype)
+        true = r.double() @ layer.weight.double()
+        off = relative_rms(linear.transposed_cpu(r, layer.weight).double(), true)
+        assert off < CLOSE[dtype], f"relative rms error of r W {off:.1e}"
+        for frozen in (True, False):
+            layer.requires_grad_(not frozen)
+            x = torch.randn(B, 64, generator=g).to(dtype).requires_grad_()
+            y = layer(x)
+            y.backward(r)
+            assert relative_rms(y.double(), x.double() @ layer.weight.double().T + layer.bias.double()) < CLOSE[dtype]
+            assert relative_rms(x.grad.double(), true) < CLOSE[dtype]
+            assert (layer.weight.grad is None) == frozen
+            if not frozen:
+                assert relative_rms(layer.weight.grad.double(), r.double().T @ x.double()) < CLOSE[dtype]
+                assert relative_rms(layer.bias.grad.double(), r.double().sum(0)) < CLOSE[dtype]
+                layer.weight.grad = layer.bias.grad = None
+
+
+def test_a_slice_is_multiplied_without_a_copy_of_the_weight():
+    """hidden[:, :-1], which SLOT takes, is a case in which torch would copy the whole weight, once for every sample."""
+    layer = linear.Linear(64, 1 << 16).requires_grad_(False)
+    layer.weight.data.zero_()
+    x = torch.zeros(2, 30, 64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        layer(x[:, :-1])
+        layer(x[:1, :-1])
+        layer(x[:, -1:])
+    made = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert made < 2.5 * 4 * (3 * 29 + 2) * (1 << 16), f"{made} bytes were allocated on the way"
 
 
 @pytest.mark.parametrize("name", HALF)
