@@ -135,8 +135,9 @@ class Subject:
             yield f"load, to the first token, {name}", peer.ask(do="load")["seconds"]
 
     def load(self):
-        lm = load_model(self.folder, dtype=self.dtype)
-        next(generate(lm, [0], 1))
+        self.lm = None                                                          # as with the peers: the one before goes first
+        self.lm = load_model(self.folder, dtype=self.dtype)
+        next(generate(self.lm, [0], 1))
 
     def answer(self):
         began, stamps, ids = time.perf_counter(), [], []

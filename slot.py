@@ -111,7 +111,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
     targets, n = next_tokens(hidden, tokens, steps, lr, mask)
     (B, _, d), V, weight = hidden.shape, lm_head.weight.shape[0], lm_head.weight
     rows = max(1, memory // (16 * V))           # positions at a time: their logits take a quarter of memory
-    budget = memory - memory // 4               # the rest keeps E between the steps; a single step has no use for that
+    budget = memory - memory // 3               # most of the rest keeps E between the steps; a single step has no use for that
     blocks, y = [], torch.zeros(B, V, device=hidden.device)                     # y (B, V)
     for i in range(B):
         real = targets[i] != -100
