@@ -38,7 +38,7 @@ def linear_cpu(x, weight, bias):
         return F.linear(x, weight, bias)
     if rows == 1:
         return OneRow.apply(x, weight, bias) if graph else one_row(x, weight, bias)
-    if graph or rows <= 16 or NATIVE_GEMM.get(x.dtype, True):
+    if graph or rows <= 8 or NATIVE_GEMM.get(x.dtype, True):
         return F.linear(x, weight, bias)
     y = product_float32(x, weight)
     return (y if bias is None else y.add_(bias)).to(x.dtype)
@@ -55,12 +55,13 @@ def product_float32(x, weight):
         for i in range(0, len(weight), 8192):
             out[:, i:i + 8192] = F.linear(x, weight[i:i + 8192])
         return out
-    x, block = x.float(), x.new_empty(2048, x.shape[1], dtype=torch.float32)
-    for i in range(0, len(weight), 2048):
-        part = weight[i:i + 2048]
+    x, size = x.float(), max(64, (1 << 19 if len(x) < 512 else 1 << 21) // x.shape[1])    # rows of W: 2 or 8 MB in float32
+    block = x.new_empty(size, x.shape[1])
+    for i in range(0, len(weight), size):
+        part = weight[i:i + size]
         if part.dtype != torch.float32:
             part = block[:len(part)].copy_(part)
-        torch.mm(x, part.T, out=out[:, i:i + 2048])
+        torch.mm(x, part.T, out=out[:, i:i + size])
     return out
 
 

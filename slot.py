@@ -17,7 +17,7 @@ that W(h + δ) predicts the prompt itself better. The same δ is then used for e
                                         model.embed_tokens.weight if the head is tied
     δ           delta                                               (B, 1, d) float32
     T, η        steps, lr               3, 0.01 in the paper's text; 5, 0.1 in its code
-    W_LM δ      lm_head(delta)                                      (B, 1, V)
+    W_LM δ      lm_head(delta)                                      (B, 1, V)      "logit modulation vector"
 (Equations are numbered by this file; the stages are the paper's names.)
 
 Two functions with the same arguments and the same numbers. Read `optimize_delta`: it is the method. `optimize_delta_fast`
