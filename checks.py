@@ -54,6 +54,16 @@ def foreign(head):
     return None
 
 
+def token_ids(path, settings, name, vocab_size):
+    """The id or list of ids that config.json or generation_config.json gives as `name` -> a list, empty without it."""
+    ids = settings.get(name)
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    for id in ids:
+        if type(id) is not int or not 0 <= id < vocab_size:
+            raise ValueError(f"{show(path, 160)}: {name} holds {show(id)}, not an id of the vocabulary; correct it")
+    return ids
+
+
 def read_bytes(path, limit=MAX_JSON):
     """The content of a regular file of at most `limit` bytes that is neither empty nor a Git LFS pointer or a web page."""
     path = regular_file(path)
@@ -95,6 +105,8 @@ def parse_json(data, path):
 
     try:
         text = data.decode("utf-8")
+        if data.count(b",") > 4_000_000:                            # a vocabulary of 256,000 needs half of that
+            fail("lists more entries than any file of a model")
         value = json.loads(text, object_pairs_hook=unique, parse_float=number,
                            parse_int=lambda s: int(s) if len(s) < 20 else fail(f"number {show(s)} is too large"),
                            parse_constant=lambda s: fail(f"{s} is not JSON"))

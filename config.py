@@ -7,12 +7,13 @@ Llama 2 to 3.3, Qwen2, Qwen2.5, Qwen3 and the R1 distillations of them differ in
     qwen2               yes (o_proj none)   no          default, yarn            by config
     qwen3               attention_bias      yes         default, yarn            by config
 """
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from checks import read_json, show
+from checks import read_json, show, token_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -93,6 +94,15 @@ class Config:
                 and size("max_window_layers", 0) < layers:
             fail("use_sliding_window", "sliding-window attention is not implemented")
 
+        for name in ("sliding_window", "max_window_layers", "bos_token_id", "pad_token_id"):
+            if type(raw.get(name)) not in (int, type(None)):
+                fail(name, "needs an integer or null")
+        vocab_size = size("vocab_size")
+        token_ids(path, raw, "eos_token_id", vocab_size)
+        other = path.with_name("generation_config.json")
+        if os.path.lexists(other):
+            token_ids(other, read_json(other, limit=4 << 20), "eos_token_id", vocab_size)
+
         eps = raw.get("rms_norm_eps")
         if type(eps) not in (int, float) or not 0 < eps < 1:
             fail("rms_norm_eps", "needs a number between 0 and 1")
@@ -102,7 +112,7 @@ class Config:
             fail("dtype" if raw.get("dtype") is not None else "torch_dtype", f"implemented are {', '.join(DTYPES)}")
         bias = flag("attention_bias", False) if family != "qwen2" else False
         return cls(
-            vocab_size=size("vocab_size"), hidden_size=width, intermediate_size=size("intermediate_size"),
+            vocab_size=vocab_size, hidden_size=width, intermediate_size=size("intermediate_size"),
             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
             max_position_embeddings=size("max_position_embeddings", most=1 << 30), rms_norm_eps=eps,
             tie_word_embeddings=flag("tie_word_embeddings", False),

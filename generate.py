@@ -192,12 +192,22 @@ def read_prompts(args):
     return [(problem.question, args.system)]
 
 
+def valid(prompts):
+    """The prompts, if all their bytes were UTF-8: Python turns others on the command line into half characters."""
+    for text in (text for pair in prompts for text in pair if text):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not valid UTF-8 (character {error.start}, {show(text[error.start])}); correct it") from None
+    return prompts
+
+
 def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
 
 def main(args):
-    prompts = read_prompts(args)
+    prompts = valid(read_prompts(args))
     folder = find_model(args.model)
     try:
         torch.zeros(1, device=args.device).item()

@@ -134,6 +134,10 @@ class Tokenizer:
         """
         if not (isinstance(messages, (list, tuple)) and all(isinstance(message, dict) for message in messages)):
             raise ValueError(f'messages: {show(messages)}; pass a list like [{{"role": "user", "content": "Hi"}}]')
+        try:
+            json.dumps([messages, variables], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise ValueError("messages: half a character (lone surrogate) in a text; pass valid Unicode") from None
         if self.template is None:
             return "\n".join(str(message.get("content") or "") for message in messages)
         return render(self.template, {**self.names, "messages": messages, "tools": None, "documents": None,

@@ -13,7 +13,7 @@ from pathlib import Path
 import regex
 
 from bpe import GPT2, LLAMA3, QWEN2, nfc
-from checks import read_bytes, read_json, show
+from checks import read_bytes, read_json, show, token_ids
 
 MAX_ID = 1 << 22                # no vocabulary in use has a million tokens
 USE = "use a Llama 3, Qwen2 or Qwen3 folder"
@@ -113,11 +113,7 @@ def read_tokenizer_files(folder):
     if settings.get("add_bos_token") is True and not bos_ids:       # tokenizer.json has the first word on it
         bos_ids = named.get("bos_token", [])
     for name in ("config.json", "generation_config.json"):
-        value = read(name).get("eos_token_id")
-        eos_ids += value if isinstance(value, list) else [] if value is None else [value]
-        for id in eos_ids:
-            if type(id) is not int or not 0 <= id < (size if type(size) is int else 1 << 31):
-                refuse(folder / name, f"eos_token_id holds {show(id)}, not an id of the vocabulary", "correct it")
+        eos_ids += token_ids(folder / name, read(name), "eos_token_id", size if type(size) is int else 1 << 31)
 
     template = settings.get("chat_template")
     if isinstance(template, list):                                  # several, each with a name

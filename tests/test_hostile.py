@@ -155,6 +155,18 @@ HTML = b"<!DOCTYPE html>\n<html><head><title>401</title></head></html>"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 988097824\n"
 
 
+def nested(depth, node, inner):
+    for _ in range(depth):
+        node = {"type": "Sequence", inner: [node]}
+    return node
+
+
+def vocab_and_merges(c):
+    model = c.pop(TOKENS)["model"]
+    c |= {"vocab.json": model["vocab"], "merges.txt": "#version: 0.2\n" + "\n".join(model["merges"]) + "\n"}
+    c[SETTINGS]["added_tokens_decoder"] = {str(id): {"content": text, "special": True} for text, id in SPECIAL.items()}
+
+
 # ---- what must be refused: name, folder, words of the line -----------------------------------------------------------------------
 
 BAD = [
@@ -286,6 +298,11 @@ BAD = [
     ("eos past the vocabulary", config(eos_token_id=VOCAB), "eos_token_id"),
     ("eos list with a float", put("generation_config.json", "eos_token_id", [278, 1.0]), "generation_config.json eos_token_id"),
     ("eos of generation past the vocabulary", put("generation_config.json", "eos_token_id", [278, 10 ** 6]), "eos_token_id"),
+    ("eos lists a list", config(eos_token_id=[[278]]), "config.json eos_token_id"),
+    ("bos a text", config(bos_token_id="<s>"), "bos_token_id"),
+    ("pad a float", config(pad_token_id=276.0), "pad_token_id"),
+    ("sliding window a text", config(sliding_window="32"), "sliding_window"),
+    ("window layers true", config(max_window_layers=True), "max_window_layers"),
 
     # safetensors
     ("file empty", model_file(b""), "model.safetensors empty"),
@@ -430,6 +447,16 @@ BAD = [
     ("settings bos text", put(SETTINGS, "add_bos_token", "false"), "add_bos_token"),
     ("SentencePiece", files(lambda c: (c.pop(TOKENS), c.update({"tokenizer.model": b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02"}))), "SentencePiece"),
     ("Meta's file cut", files(lambda c: (c.pop(TOKENS), c.update({"tokenizer.model": b"QQ== 0\nQg== 1\nQw="}))), "tokenizer.model"),
+    ("added token of a page", put(TOKENS, "added_tokens", 0, "content", "x" * 3000), "3000 characters"),
+    ("added token id absurd", put(TOKENS, "added_tokens", 0, "id", 1 << 40), "1099511627776"),
+    ("byte_fallback a number", put(TOKENS, "model", "byte_fallback", 1), "SentencePiece"),
+    ("normalizers in normalizers", put(TOKENS, "normalizer", nested(300, {"type": "NFC"}, "normalizers")), "normalizer deeper"),
+    ("pre_tokenizers in pre_tokenizers", put(TOKENS, "pre_tokenizer", nested(12, {"type": "ByteLevel"}, "pretokenizers")), "deeper"),
+    ("merges.txt of strange words", files(lambda c: (vocab_and_merges(c), c.update({"merges.txt": "Ġ t\nqq zz\n"}))), "merges.txt: merge 1"),
+    ("merges.txt not UTF-8", files(lambda c: (vocab_and_merges(c), c.update({"merges.txt": b"\xc4\xa0 t\n\xff x\n"}))), "merges.txt: UTF-8"),
+    ("added_tokens.json ids clash", files(lambda c: (vocab_and_merges(c), c[SETTINGS].pop("added_tokens_decoder"), c.update(
+        {"added_tokens.json": {"<|a|>": 276, "<|b|>": 276}}))), "added_tokens.json: <|b|>"),
+    ("special_tokens_map of numbers", content("special_tokens_map.json", {"eos_token": 5}), "special_tokens_map.json: eos_token"),
     ("merges.txt missing", files(lambda c: c.update({"vocab.json": c.pop(TOKENS)["model"]["vocab"]})), "merges.txt"),
 
     # chat templates
@@ -480,10 +507,12 @@ def hub(change=lambda contents: None):
     return make
 
 
-def vocab_and_merges(c):
-    model = c.pop(TOKENS)["model"]
-    c |= {"vocab.json": model["vocab"], "merges.txt": "#version: 0.2\n" + "\n".join(model["merges"]) + "\n"}
-    c[SETTINGS]["added_tokens_decoder"] = {str(id): {"content": text, "special": True} for text, id in SPECIAL.items()}
+def widened(weights, size):
+    """The same model with room for more tokens, whose logits are 0."""
+    rows = {name: torch.zeros(size, t.shape[1], dtype=t.dtype) for name, t in weights.items() if len(t) == VOCAB and t.ndim == 2}
+    for name, t in rows.items():
+        t[:VOCAB] = weights[name]
+    return weights | rows
 
 
 def tied(c):
@@ -576,6 +605,8 @@ ODD = [
     ("vocab.json, added_tokens.json", files(lambda c: (vocab_and_merges(c), c[SETTINGS].pop("added_tokens_decoder"),
                                                        c[SETTINGS].update(additional_special_tokens=["<|im_start|>"]),
                                                        c.update({"added_tokens.json": SPECIAL})))),
+    ("thousands of added tokens", files(lambda c: (c["config.json"].update(vocab_size=9000), c.update({MODEL: widened(c[MODEL], 9000)}),
+        c[TOKENS]["added_tokens"].extend({"id": 300 + i, "content": f"<|s_{i}|>" + "<|" * 40, "special": True} for i in range(8000))))),
     ("added tokens with holes", files(lambda c: c[TOKENS]["added_tokens"].append(
         {"id": 298, "content": "<|far|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}))),
     ("tokenizer.model beside tokenizer.json", content("tokenizer.model", b"\n\x0e\n\x05<unk>")),
@@ -658,6 +689,14 @@ def test_bad_folder(make, words, folder):
     assert snapshot(folder) == before, "files have changed"
 
 
+@pytest.mark.parametrize("make, words", [case[1:] for case in BAD if case[0].startswith(("eos", "bos", "pad", "sliding", "window"))])
+def test_load_model_alone_reads_all_of_config(make, words, folder):
+    make(folder)
+    with pytest.raises(ValueError) as caught:
+        load_model(folder)
+    check_line(str(caught.value), words)
+
+
 @functools.cache
 def plain(family):
     """Logits of the plain folder and its tokenizer: qwen2, llama, qwen3, or qwen2 with a tied head."""
@@ -668,7 +707,7 @@ def plain(family):
 
 @torch.no_grad()
 def logits(folder):
-    return load_model(folder, dtype="float32")(torch.arange(0, VOCAB, 7)[None])
+    return load_model(folder, dtype="float32")(torch.arange(0, VOCAB, 7)[None])[..., :VOCAB]
 
 
 @pytest.mark.parametrize("make, family", [(*case, "qwen2")[1:3] for case in ODD], ids=[case[0] for case in ODD])
