@@ -110,8 +110,8 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
     """
     targets, n = next_tokens(hidden, tokens, steps, lr, mask)
     (B, _, d), V, weight = hidden.shape, lm_head.weight.shape[0], lm_head.weight
-    rows = max(1, memory // (16 * V))           # positions at a time: their logits take a quarter of memory
-    budget = memory - memory // 3               # most of the rest keeps E between the steps; a single step has no use for that
+    rows = max(1, memory // (32 * V))           # positions at a time: their logits take an eighth of memory
+    budget = memory - memory // 5               # most of the rest keeps E between the steps; a single step has no use for that
     blocks, y = [], torch.zeros(B, V, device=hidden.device)                     # y (B, V)
     for i in range(B):
         real = targets[i] != -100
@@ -136,6 +136,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
                     p[i].addcmul_(c[i], E.T @ (1 / s))
                     above = above + top[i] - b[i][x]
                 else:                                                           # the same with b inside E, and so c = 1
+                    E = None                                                    # the block before goes first
                     E, above = exponentials(product_float32(h, weight).add_(b[i]), x)
                     s = E.sum(1)
                     p[i] += E.T @ (1 / s)
