@@ -21,7 +21,6 @@ from checks import show
 QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-PATTERN_SECONDS = 2             # what another expression may take for one piece of text; some never end
 PATTERN_SECONDS = 2             # what another expression may take, and a little for every letter; some never end
 
 
@@ -121,7 +120,7 @@ class BytePairs:
         self.piece_ids = functools.lru_cache(1 << 16)(self._piece_ids)
 
     def place(self, a, b):
-        """Where the pair stands in the list of merges, or None if it is not there."""
+        """Where the pair stands in the list of merges, or None if it is not there. (Asked only where there is a list.)"""
         rank = self.ranks.get(a + b)
         if rank is not None and self.halves[rank] == len(a):
             return self.places[rank]

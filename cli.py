@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 
-# Linux hands out memory in pages of 4 KB, which takes longer than filling them; SLOT's (n, V) tensors come and go. torch asks for
+# To get memory from Linux in pages of 4 KB takes longer than to fill it, and SLOT's (n, V) tensors come and go. torch asks for
 # pages of 2 MB if this is set before it allocates.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

@@ -42,7 +42,8 @@ class Config:
 
     @classmethod
     def from_folder(cls, folder):
-        """Read `folder`/config.json, in the spelling of transformers 4 or 5. Raises ValueError naming the field."""
+        """Read `folder`/config.json, in the spelling of transformers 4 or 5. Raises ValueError naming the field. The end ids of
+        generation_config.json are checked too: with wrong ones an answer would never end."""
         path = Path(folder) / "config.json"
         raw = read_json(path, limit=4 << 20)
 
@@ -94,9 +95,12 @@ class Config:
                 and size("max_window_layers", 0) < layers:
             fail("use_sliding_window", "sliding-window attention is not implemented")
 
-        for name in ("sliding_window", "max_window_layers", "bos_token_id", "pad_token_id"):
+        for name in ("sliding_window", "max_window_layers"):
             if type(raw.get(name)) not in (int, type(None)):
                 fail(name, "needs an integer or null")
+        for name in ("bos_token_id", "pad_token_id"):                           # not used here; some folders list several
+            if type(raw.get(name)) not in (int, list, type(None)):
+                fail(name, "needs an id or null")
         vocab_size = size("vocab_size")
         token_ids(path, raw, "eos_token_id", vocab_size)
         other = path.with_name("generation_config.json")

@@ -193,12 +193,13 @@ def read_prompts(args):
 
 
 def valid(prompts):
-    """The prompts, if all their bytes were UTF-8: Python turns others on the command line into half characters."""
+    """The prompts, if all is Unicode: Python turns bytes of the command line that are not into half characters."""
     for text in (text for pair in prompts for text in pair if text):
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt is not valid UTF-8 (character {error.start}, {show(text[error.start])}); correct it") from None
+            raise ValueError(f"the prompt or system text holds half a character ({show(text[error.start])} at {error.start}); "
+                             "pass valid UTF-8") from None
     return prompts
 
 

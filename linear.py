@@ -1,7 +1,7 @@
 """y = x Wᵀ, and what it takes to do that at the machine's speed on a CPU.
 
 A reader of the model needs the class only: it is F.linear. The functions below it are the one place where the project
-works around torch's choice of kernels; benchmark.py shows what they bring. On GPUs none of it is used.
+works around torch's choice of kernels; benchmark.py shows what they bring. On GPUs all of them are F.linear.
 """
 import torch
 import torch.nn as nn
@@ -17,7 +17,7 @@ class Linear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])       # flat: of a slice like hidden[:, :-1] torch would copy W first, once a sample
-        return (linear_cpu if x.is_cpu else F.linear)(rows, self.weight, self.bias).view(*x.shape[:-1], -1)
+        return (linear_cpu if x.is_cpu else F.linear)(rows, self.weight, self.bias).view(*x.shape[:-1], len(self.weight))
 
 
 # Whether this CPU multiplies matrices of the dtype in hardware (AVX-512 BF16, AMX); most laptops do not.
@@ -45,9 +45,10 @@ def linear_cpu(x, weight, bias):
 
 
 def product_float32(x, weight):
-    """x Wᵀ for many rows x (rows, inputs) -> (rows, outputs) float32: SLOT's W h, and the many rows of `linear_cpu`.
+    """x Wᵀ for many rows x (rows, inputs) -> (rows, outputs) float32: SLOT's W h, and the many rows of `linear_cpu`. (Where the
+    hardware multiplies 16-bit numbers, each product is rounded to them once, as in the model.)
 
-    A block of W at a time, so that what is made on the way, W or the product in the other dtype, stays in the cache."""
+    On a CPU a block of W at a time, so that what is made on the way, W or the product in the other dtype, stays in the cache."""
     if not x.is_cpu:
         return F.linear(x, weight).float()
     out = x.new_empty(len(x), len(weight), dtype=torch.float32)
@@ -85,7 +86,7 @@ def one_row(x, weight, bias=None):
 
 
 class OneRow(torch.autograd.Function):
-    """`one_row` for autograd, with a gradient for x only: what the readable loop of slot.py asks of a frozen head."""
+    """`one_row` for autograd, with a gradient for x: what the readable loop of slot.py asks of a frozen head."""
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(weight)
@@ -93,7 +94,7 @@ class OneRow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, r):
-        return transposed_cpu(r, ctx.saved_tensors[0]).to(r.dtype), None, None
+        return transposed_cpu(r, ctx.saved_tensors[0]).to(r.dtype), None, r[0] if ctx.needs_input_grad[2] else None
 
 
 def transposed_cpu(r, weight):

@@ -95,7 +95,8 @@ def next_tokens(hidden, tokens, steps, lr, mask):
 def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 << 30):
     """Fit δ to each prompt: the same arguments and numbers as `optimize_delta`, without autograd.
 
-    `memory`: bound in bytes on what is kept and made on the way; what does not fit is made again in every step.
+    `lm_head` is read as a matrix: what counts of it is `lm_head.weight`, without a bias. In 16 bits the two forms agree up to
+    the rounding of W h. `memory`: bound in bytes on what is kept and made on the way; what does not fit is made again in every step.
 
     The gradient of (2) in closed form. Let z = W h and E = exp(z - max z) (n, V), once before the loop. In every step
         b = W δ,  c = exp(b - max b)        (V,)    the constant that δ adds to all logits
@@ -136,7 +137,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
                     p[i].addcmul_(c[i], E.T @ (1 / s))
                     above = above + top[i] - b[i][x]
                 else:                                                           # the same with b inside E, and so c = 1
-                    E = None                                                    # the block before goes first
+                    E = None                                                    # free the last block before the next is made
                     E, above = exponentials(product_float32(h, weight).add_(b[i]), x)
                     s = E.sum(1)
                     p[i] += E.T @ (1 / s)
@@ -165,6 +166,6 @@ def exponentials(z, x):
 
 def weight_gradient(r, weight):
     """Wᵀ r of every sample: r (B, V) float32, weight (V, d) -> (B, d) float32."""
-    scale = r.abs().amax().clamp(min=1e-30)         # float16 has no numbers as small as most entries of r
+    scale = r.abs().amax(1, keepdim=True).clamp(min=1e-30)          # float16 has no numbers as small as most entries of r
     r = (r / scale).to(weight.dtype)
     return (transposed_cpu(r, weight) if weight.is_cpu else (r @ weight).float()) * scale

@@ -188,6 +188,7 @@ def load_tokenizer(folder):
     """
     files = read_tokenizer_files(folder)
     pairs = BytePairs(*(files.pop(name) for name in ("vocab", "merges", "splits", "nfc", "ignore_merges")))
-    for token, id in zip(pairs.tokens, pairs.ids):                  # equal bytes, one object
-        files["words"][id] = token
+    for token, id in zip(pairs.tokens, pairs.ids):                  # equal bytes, one object: it saves 6 MB
+        if files["words"][id] == token:
+            files["words"][id] = token
     return Tokenizer(pairs, **files)

@@ -58,7 +58,7 @@ MUTATIONS = [
      "x = x + self.self_attn(self.post_attention_layernorm(x), cos, sin, mask, cache)\n        return x + self.mlp(self.input_layernorm(x))",
      MODEL, RED),
     ("final norm left out", "model.py", "return self.norm(x)", "return x", MODEL, RED),
-    ("all biases dropped", "linear.py", "return F.linear(x, self.weight, self.bias)", "return F.linear(x, self.weight)", MODEL, RED),
+    ("all biases dropped", "linear.py", "(rows, self.weight, self.bias)", "(rows, self.weight, None)", MODEL, RED),
     ("v bias dropped", "model.py", "v = self.v_proj(x).view", "v = F.linear(x, self.v_proj.weight).view", MODEL, RED),
     ("o bias dropped", "model.py", "return self.o_proj(out.reshape(B, -1, T, self.D).transpose(1, 2).reshape(B, T, -1))",
      "return F.linear(out.reshape(B, -1, T, self.D).transpose(1, 2).reshape(B, T, -1), self.o_proj.weight)", MODEL, RED),
@@ -76,8 +76,7 @@ MUTATIONS = [
     ("attention scaled by hidden_size / heads instead of head_dim", "model.py", "attn_mask=mask, is_causal=mask is None, enable_gqa=True)",
      "attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=(x.shape[-1] / q.shape[1]) ** -0.5)", MODEL, RED),
     ("gate and up swapped", "model.py", "F.silu(self.gate_proj(x)) * self.up_proj(x)", "F.silu(self.up_proj(x)) * self.gate_proj(x)", MODEL, RED),
-    ("16-bit product in blocks: bias forgotten", "linear.py", "        out += bias[:, None]", "        pass", MODEL, RED),
-    ("16-bit product in blocks: every block from the first rows", "linear.py", "part = weight[i:i + 1024]", "part = weight[:len(weight[i:i + 1024])]", MODEL, RED),
+    ("16-bit product in blocks: every block from the first rows", "linear.py", "part = weight[i:i + size]", "part = weight[:len(weight[i:i + size])]", MODEL, RED),
     # --- model.py: cache and mask
     ("is_causal also behind a filled cache", "model.py", "if T == 1 or past == 0:", "if True:", MODEL, RED),
     ("a new token does not see itself behind a cache", "model.py", "see = (keys <= queries)[None, None]",
@@ -106,9 +105,8 @@ MUTATIONS = [
     ("fast: Adam bias correction left out", "slot.py", "unbias = [1 - beta ** (step + 1) for beta in BETAS]", "unbias = [1, 1]", SLOT, RED),
     ("fast: wide b not guarded", "slot.py", "if not widest < 60:", "if False:", SLOT, RED),
     ("fast: mean over positions forgotten", "slot.py", "g = weight_gradient(p / n[:, None] - y, weight)", "g = weight_gradient(p / n[:, None] - y, weight) * n[:, None]", SLOT, RED),
-    ("fast: recomputed blocks without b", "slot.py", "exponentials(lm_head(h).float().add_(b[i]), x)", "exponentials(lm_head(h).float(), x)", SLOT, RED),
+    ("fast: recomputed blocks without b", "slot.py", "exponentials(product_float32(h, weight).add_(b[i]), x)", "exponentials(product_float32(h, weight), x)", SLOT, RED),
     ("fast: loss without max b", "slot.py", "above = above + top[i] - b[i][x]", "above = above - b[i][x]", SLOT, RED),
-    ("16-bit gradient in eight parts: the rest forgotten", "linear.py", "torch.stack(rows) + r[:, most:].float() @ weight[most:].float()", "torch.stack(rows)", SLOT, RED),
     ("delta kept in the head's dtype", "slot.py", "delta = torch.zeros(hidden.shape[0], 1, hidden.shape[2], device=hidden.device, requires_grad=True)",
      "delta = torch.zeros(hidden.shape[0], 1, hidden.shape[2], device=hidden.device, requires_grad=True, dtype=dtype)", SLOT, RED),
     # --- generate.py
@@ -122,6 +120,20 @@ MUTATIONS = [
     ("streaming: the held-back bytes are dropped at the end", "tokenizer.py", "return self.decoder.decode(b\"\", final=True)", "return \"\"", STREAM, RED),
     ("streaming: every token decoded by itself", "tokenizer.py", "return self.decoder.decode(self.tokenizer.bytes_of(id, self.skip_special))",
      "return self.tokenizer.bytes_of(id, self.skip_special).decode(\"utf-8\", \"replace\")", STREAM, RED),
+    ("an added token found before a longer one", "tokenizer.py", "for size in sorted({len(text) for text in self.texts}, reverse=True):",
+     "for size in sorted({len(text) for text in self.texts}):", TOKENIZER, RED),
+    # --- bpe.py
+    ("merges ranked backwards", "bpe.py", "for place, (a, b) in enumerate(merges):", "for place, (a, b) in enumerate(merges[::-1]):", TOKENIZER, RED),
+    ("a token trusted without its joins", "bpe.py", "if len(parts) > 1 or any(self.place(*pair) is None for pair in joins):", "if len(parts) > 1:",
+     TOKENIZER, RED),
+    ("further pairs of a token forgotten", "bpe.py", "self.more[a, b] = place", "pass", TOKENIZER, RED),
+    ("ignore_merges ignored", "bpe.py", "if self.ignore_merges and piece in self.ranks:", "if False:", TOKENIZER, RED),
+    # --- linear.py
+    ("the last rows of W left out of the gradient", "linear.py", "return sums + r[:, most:].float() @ weight[most:].float()", "return sums", MODEL, RED),
+    ("gradient of one row: W upside down", "linear.py", "return transposed_cpu(r, ctx.saved_tensors[0])",
+     "return transposed_cpu(r, ctx.saved_tensors[0].flip(0))", SLOT, RED),
+    ("bias dropped where 16 bits go by way of float32", "linear.py", "return (y if bias is None else y.add_(bias)).to(x.dtype)", "return y.to(x.dtype)",
+     MODEL, RED),
 ]
 
 

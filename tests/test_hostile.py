@@ -301,6 +301,7 @@ BAD = [
     ("eos lists a list", config(eos_token_id=[[278]]), "config.json eos_token_id"),
     ("bos a text", config(bos_token_id="<s>"), "bos_token_id"),
     ("pad a float", config(pad_token_id=276.0), "pad_token_id"),
+    ("eos lists true", config(eos_token_id=[278, True]), "config.json eos_token_id"),
     ("sliding window a text", config(sliding_window="32"), "sliding_window"),
     ("window layers true", config(max_window_layers=True), "max_window_layers"),
 
@@ -592,6 +593,7 @@ ODD = [
     ("dtype float64", config(torch_dtype="float64")),
     ("eos only in generation_config", config(eos_token_id=GONE)),
     ("eos a list", config(eos_token_id=[278, 276])),
+    ("pad a list", config(pad_token_id=[278, 276])),
     ("no generation_config", then(lambda f: (f / "generation_config.json").unlink())),
     ("generation_config empty", content("generation_config.json", b"{}")),
     ("generation_config of many things", content("generation_config.json", b'{"eos_token_id": 278, "temperature": 1e-1, "x": {"y": null}}')),
