@@ -56,7 +56,7 @@ def parse_arguments(arguments=None):
     add("--lr", type=listed(number(float, 0, above=True)), default=[0.01, 0.1], metavar="X,Y", help="learning rates (default 0.01,0.1)")
     add("--control", type=lambda text: [] if text == "none" else listed(control)(text), metavar="NAME,NAME",
         help=f"{', '.join(CONTROLS)} (default: all for tiny, else none)")
-    add("--limit", type=number(int, 1), metavar="N", help="problems of each kind, at most (default: all; tiny: 300)")
+    add("--limit", type=number(int, 1, 10_000), metavar="N", help="problems of each kind, at most (default: all; tiny: 300)")
     add("--shots", type=number(int, 0, 100), default=0, metavar="K", help="solved problems before each question (default 0)")
     add("--split", choices=["tune,test"], metavar="tune,test", help="choose the setting on every other sample, report it on the rest")
     add("--max-new-tokens", type=number(int, 1, 1 << 30), metavar="N", help="(default: the task's, at most a quarter of the positions)")

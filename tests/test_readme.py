@@ -44,3 +44,9 @@ def test_readme_command(line, tmp_path):
 def test_readme_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_tour_counts_the_lines():
+    rows = re.findall(r"^\| \[([\w/]+\.py)\]\(\1\) \| (\d+) \|", README, re.MULTILINE)
+    assert {path: int(count) for path, count in rows} == {path: len((ROOT / path).read_text().splitlines()) for path, _ in rows}
+    assert {path.name for path in ROOT.glob("*.py")} <= {path for path, _ in rows}
