@@ -89,7 +89,7 @@ def test_sweep_terms_and_paper(capsys):
 
     parts = terms(n=2, steps=3, V=50, d=4, B=1, dtype=torch.float32, rates=Hand())
     assert parts == {"W h": 80.0, "head": 3 * 2 * 4 * 50 * 4 / 10, "E": 3 * 2 * 4 * 2 * 50 / 10, "W h again": 0.0}
-    n = MEMORY // 50                                                        # 3/4 of MEMORY holds 3/16 of these rows of E
+    n = MEMORY // 50                                                        # 4/5 of MEMORY holds 1/5 of these rows of E
     again = terms(n=n, steps=3, V=50, d=4, B=1, dtype=torch.float32, rates=Hand())
     assert again["W h again"] / again["W h"] == pytest.approx(2 * 4 / 5, rel=1e-4)
     assert line([(1, 5.0), (2, 7.0), (4, 11.0)]) == pytest.approx((2, 3))
