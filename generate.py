@@ -13,6 +13,7 @@ Letters: B batch, T tokens, d width, V vocabulary.
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -195,11 +196,8 @@ def read_prompts(args):
 def valid(prompts):
     """The prompts, if all is Unicode: Python turns bytes of the command line that are not into half characters."""
     for text in (text for pair in prompts for text in pair if text):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt or system text holds half a character ({show(text[error.start])} at {error.start}); "
-                             "pass valid UTF-8") from None
+        if half := re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"the prompt or system text holds half a character ({show(half[0])} at {half.start()}); pass valid UTF-8")
     return prompts
 
 
