@@ -86,32 +86,29 @@ class BytePairs:
         self.nfc, self.ignore_merges = nfc, ignore_merges
         self.splits = [(regex.compile(expression), keep) for expression, keep in splits]
         self.known = len(splits) == 1 and splits[0][0] in (QWEN2, LLAMA3, GPT2)
-        self.halves, self.places, self.more, self.agrees, last = array("i"), array("i"), {}, True, None
-        if merges is None:
-            self.ranks = {token: rank for rank, token in enumerate(sorted(vocab, key=vocab.get))}
-        else:
-            self.ranks = {token: rank for rank, token in enumerate(token for token in vocab if len(token) == 1)}
-            self.halves, self.places = array("i", [0] * len(self.ranks)), array("i", [-1] * len(self.ranks))
-            for place, (a, b) in enumerate(merges):
-                token = a + b
-                rank = self.ranks.get(token)
-                if rank is None:
-                    self.ranks[token] = len(self.ranks)
-                    self.halves.append(len(a))
-                    self.places.append(place)
+        first = sorted(vocab, key=vocab.get) if merges is None else [token for token in vocab if len(token) == 1]
+        self.ranks = {token: rank for rank, token in enumerate(first)}
+        self.halves, self.places = array("i", [0] * len(first)), array("i", [-1] * len(first))     # 0, -1: no pair makes it
+        self.more, self.agrees, last = {}, True, None
+        for place, (a, b) in enumerate(merges or ()):
+            token = a + b
+            rank = self.ranks.get(token)
+            if rank is None:
+                self.ranks[token] = len(self.ranks)
+                self.halves.append(len(a))
+                self.places.append(place)
+            else:
+                self.agrees &= token == last
+                if self.halves[rank] == len(a):                     # the same pair again: its last place counts
+                    self.places[rank] = place
                 else:
-                    self.agrees &= token == last
-                    if self.halves[rank] == len(a):                 # the same pair again: its last place counts
-                        self.places[rank] = place
-                    else:
-                        self.more[a, b] = place
-                last = token
-            if ignore_merges:                                       # tokens that no pair makes; a whole piece may be one
-                for token in vocab:
-                    if token not in self.ranks:
-                        self.ranks[token] = len(self.ranks)
-                        self.halves.append(0)
-                        self.places.append(-1)
+                    self.more[a, b] = place
+            last = token
+        for token in vocab if ignore_merges else ():                # tokens that no pair makes; a whole piece may be one
+            if token not in self.ranks:
+                self.ranks[token] = len(self.ranks)
+                self.halves.append(0)
+                self.places.append(-1)
         self.tokens = list(self.ranks)
         self.ids = array("i", (vocab[token] for token in self.tokens))
         self.trusted = set(range(len(self.ids))) if merges is None else set()
@@ -120,7 +117,7 @@ class BytePairs:
         self.piece_ids = functools.lru_cache(1 << 16)(self._piece_ids)
 
     def place(self, a, b):
-        """Where the pair stands in the list of merges, or None if it is not there. (Asked only where there is a list.)"""
+        """Where the pair stands in the list of merges, or None if it is not there."""
         rank = self.ranks.get(a + b)
         if rank is not None and self.halves[rank] == len(a):
             return self.places[rank]

@@ -77,12 +77,16 @@ def one_row(x, weight, bias=None):
             return F.linear(x, weight, bias)
         y = torch.bmm(weight.view(PARTS, -1, inputs), x.T.expand(PARTS, inputs, 1)).view(1, outputs)
         return y if bias is None else y + bias
-    with_onednn = torch._C._get_mkldnn_enabled()                    # the public torch.backends.mkldnn.flags costs 20 times this
+    return without_onednn(F.linear, x, weight, bias)
+
+
+def without_onednn(product, *factors):
+    before = torch._C._get_mkldnn_enabled()                         # the public torch.backends.mkldnn.flags costs 20 times this
     torch._C._set_mkldnn_enabled(False)
     try:
-        return F.linear(x, weight, bias)
+        return product(*factors)
     finally:
-        torch._C._set_mkldnn_enabled(with_onednn)
+        torch._C._set_mkldnn_enabled(before)
 
 
 class OneRow(torch.autograd.Function):
@@ -106,11 +110,6 @@ def transposed_cpu(r, weight):
     if weight.dtype == torch.float32:
         sums = torch.bmm(r[:, :most].view(len(r), PARTS, most // PARTS).transpose(0, 1), parts).sum(0)         # (B, inputs)
     else:
-        with_onednn = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
-        try:
-            columns = r[:, :most].view(len(r), PARTS, most // PARTS, 1)
-            sums = torch.stack([torch.bmm(parts.transpose(1, 2), column).float().sum(0)[:, 0] for column in columns])
-        finally:
-            torch._C._set_mkldnn_enabled(with_onednn)
+        columns = r[:, :most].view(len(r), PARTS, most // PARTS, 1)
+        sums = torch.stack([without_onednn(torch.bmm, parts.transpose(1, 2), column).float().sum(0)[:, 0] for column in columns])
     return sums + r[:, most:].float() @ weight[most:].float()

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from linear import product_float32, transposed_cpu
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-5, 1e-8     # of the authors' AdamW
+KEPT = 0.8                                              # share of the bound on memory that may hold E; the rest is work space
 
 
 def optimize_delta(hidden, tokens, lm_head, steps, lr, mask=None):
@@ -112,7 +113,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
     targets, n = next_tokens(hidden, tokens, steps, lr, mask)
     (B, _, d), V, weight = hidden.shape, lm_head.weight.shape[0], lm_head.weight
     rows = max(1, memory // (32 * V))           # positions at a time: their logits take an eighth of memory
-    budget = memory - memory // 5               # most of the rest keeps E between the steps; a single step has no use for that
+    budget = int(KEPT * memory)                 # for E, kept between the steps; a single step has no use for that
     blocks, y = [], torch.zeros(B, V, device=hidden.device)                     # y (B, V)
     for i in range(B):
         real = targets[i] != -100

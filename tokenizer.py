@@ -28,9 +28,10 @@ class Finder:
 
     def __init__(self, texts):
         self.texts, self.lengths = frozenset(texts), {}
-        for size in sorted({len(text) for text in self.texts}, reverse=True):
-            for first in {text[0] for text in self.texts if len(text) == size}:
-                self.lengths.setdefault(first, []).append(size)
+        for text in sorted(self.texts, key=len, reverse=True):
+            sizes = self.lengths.setdefault(text[0], [])            # of the texts with this first letter, the longest first
+            if len(text) not in sizes[-1:]:
+                sizes.append(len(text))
         self.first = re.compile(f"[{re.escape(''.join(self.lengths))}]" if self.lengths else "(?!)")
 
     def at(self, text, i):

@@ -112,8 +112,8 @@ def read_tokenizer_files(folder):
         refuse(folder / "tokenizer_config.json", f"add_bos_token is {show(settings['add_bos_token'])}, not true or false", "correct it")
     if settings.get("add_bos_token") is True and not bos_ids:       # tokenizer.json has the first word on it
         bos_ids = named.get("bos_token", [])
-    for name in ("config.json", "generation_config.json"):
-        eos_ids += token_ids(folder / name, read(name), "eos_token_id", size if type(size) is int else 1 << 31)
+    for name, table in (("config.json", config), ("generation_config.json", read("generation_config.json"))):
+        eos_ids += token_ids(folder / name, table, "eos_token_id", size if type(size) is int else 1 << 31)
 
     template = settings.get("chat_template")
     if isinstance(template, list):                                  # several, each with a name

@@ -16,7 +16,7 @@ import torch
 from benchmarks.machine import Rates
 from benchmarks.random_model import SHAPES, config_of, weight_shapes
 from linear import Linear
-from slot import optimize_delta_fast
+from slot import KEPT, optimize_delta_fast
 
 MEMORY = 1 << 30                # of generate.py --slot-memory
 LONG = 8192                     # tokens: measured once, in a process of its own, with its memory
@@ -46,7 +46,7 @@ def terms(n, steps, V, d, B, dtype, rates):
     if not steps:
         return {"W h": 0.0, "head": 0.0, "E": 0.0, "W h again": 0.0}
     rows = n * B
-    kept = min(rows, 4 * MEMORY // 5 // (4 * V)) if steps > 1 else 0
+    kept = min(rows, int(KEPT * MEMORY) // (4 * V)) if steps > 1 else 0
     product = max(2 * rows * V * d / rates.multiply(dtype), dtype.itemsize * V * d / rates.read)
     return {"W h": product, "head": steps * (1 + B) * dtype.itemsize * V * d / rates.read,      # Wᵀ r goes sample by sample
             "E": steps * 2 * 4 * rows * V / rates.read, "W h again": (steps - 1) * product * (1 - kept / rows)}

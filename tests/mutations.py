@@ -120,10 +120,10 @@ MUTATIONS = [
     ("streaming: the held-back bytes are dropped at the end", "tokenizer.py", "return self.decoder.decode(b\"\", final=True)", "return \"\"", STREAM, RED),
     ("streaming: every token decoded by itself", "tokenizer.py", "return self.decoder.decode(self.tokenizer.bytes_of(id, self.skip_special))",
      "return self.tokenizer.bytes_of(id, self.skip_special).decode(\"utf-8\", \"replace\")", STREAM, RED),
-    ("an added token found before a longer one", "tokenizer.py", "for size in sorted({len(text) for text in self.texts}, reverse=True):",
-     "for size in sorted({len(text) for text in self.texts}):", TOKENIZER, RED),
+    ("an added token found before a longer one", "tokenizer.py", "for text in sorted(self.texts, key=len, reverse=True):",
+     "for text in sorted(self.texts, key=len):", TOKENIZER, RED),
     # --- bpe.py
-    ("merges ranked backwards", "bpe.py", "for place, (a, b) in enumerate(merges):", "for place, (a, b) in enumerate(merges[::-1]):", TOKENIZER, RED),
+    ("merges ranked backwards", "bpe.py", "enumerate(merges or ()):", "enumerate(merges[::-1] if merges else ()):", TOKENIZER, RED),
     ("a token trusted without its joins", "bpe.py", "if len(parts) > 1 or any(self.place(*pair) is None for pair in joins):", "if len(parts) > 1:",
      TOKENIZER, RED),
     ("further pairs of a token forgotten", "bpe.py", "self.more[a, b] = place", "pass", TOKENIZER, RED),
