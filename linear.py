@@ -30,39 +30,58 @@ def linear_cpu(x, weight, bias):
     """F.linear on a CPU, for x (rows, inputs), where torch's own choice of kernel is far from the machine's limits.
 
     One row: decoding, and SLOT's W δ. Reading the weight is all the work; `one_row`.
-    Many rows (prefill) without hardware support: a 16-bit product runs 5 to 10 times slower than one in float32. So float32
-    it is, without a second copy of W; `product_float32`.
+    Many rows (prefill) in float32: torch asks MKL, oneDNN is faster; `many_rows`. In 16 bits without hardware support, a product
+    runs 5 to 10 times slower than one in float32. So float32 it is, without a second copy of W; `by_way_of_float32`.
     """
     rows, graph = len(x), torch.is_grad_enabled() and x.requires_grad
     if torch.is_grad_enabled() and weight.requires_grad:
         return F.linear(x, weight, bias)
     if rows == 1:
         return OneRow.apply(x, weight, bias) if graph else one_row(x, weight, bias)
-    if graph or rows <= 8 or NATIVE_GEMM.get(x.dtype, True):
+    if not graph and x.dtype == torch.float32:
+        return many_rows(x, weight, bias)
+    if graph or rows <= 4 or NATIVE_GEMM.get(x.dtype, True):
         return F.linear(x, weight, bias)
-    y = product_float32(x, weight)
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+    return by_way_of_float32(x, weight, bias, x.dtype)
+
+
+# oneDNN's float32 product. torch has it for its compiler and does not take it for F.linear, which asks MKL: on an AMD processor
+# that is 1.2 to 1.9 times slower. Not in every build of torch (Apple).
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def many_rows(x, weight, bias=None):
+    """x Wᵀ (+ b) in float32, for x (rows, inputs) -> (rows, outputs)."""
+    return ONEDNN(x, weight, bias, "none", [], "") if ONEDNN and len(x) else F.linear(x, weight, bias)
 
 
 def product_float32(x, weight):
-    """x Wᵀ for many rows x (rows, inputs) -> (rows, outputs) float32: SLOT's W h, and the many rows of `linear_cpu`. (Where the
-    hardware multiplies 16-bit numbers, each product is rounded to them once, as in the model.)
-
-    On a CPU a block of W at a time, so that what is made on the way, W or the product in the other dtype, stays in the cache."""
+    """x Wᵀ for many rows x (rows, inputs) -> (rows, outputs) float32: SLOT's W h. (Where the hardware multiplies 16-bit numbers,
+    each product is rounded to them once, as in the model.)"""
     if not x.is_cpu:
         return F.linear(x, weight).float()
+    if x.dtype == torch.float32:
+        return many_rows(x, weight)
+    if not NATIVE_GEMM.get(x.dtype):
+        return by_way_of_float32(x, weight, None, torch.float32)
     out = x.new_empty(len(x), len(weight), dtype=torch.float32)
-    if NATIVE_GEMM.get(x.dtype):
-        for i in range(0, len(weight), 8192):
-            out[:, i:i + 8192] = F.linear(x, weight[i:i + 8192])
-        return out
-    x, size = x.float(), max(64, (1 << 19 if len(x) < 512 else 1 << 21) // x.shape[1])    # rows of W: 2 or 8 MB in float32
-    block = x.new_empty(size, x.shape[1])
+    for i in range(0, len(weight), 8192):                       # in blocks, so that what is made on the way stays in the cache
+        out[:, i:i + 8192] = F.linear(x, weight[i:i + 8192])
+    return out
+
+
+def by_way_of_float32(x, weight, bias, dtype):
+    """x Wᵀ (+ b) for 16-bit numbers x (rows, inputs), multiplied in float32 -> (rows, outputs) of dtype, rounded once. A block of
+    W at a time, so that its copy in float32 stays in the cache."""
+    out = x.new_empty(len(x), len(weight), dtype=dtype)
+    x, size = x.float(), max(64, (1 << 20) // x.shape[1])                   # rows of W that are 4 MB in float32
+    block = x.new_empty(min(size, len(weight)), x.shape[1])
     for i in range(0, len(weight), size):
         part = weight[i:i + size]
-        if part.dtype != torch.float32:
-            part = block[:len(part)].copy_(part)
-        torch.mm(x, part.T, out=out[:, i:i + size])
+        part = block[:len(part)].copy_(part)
+        # oneDNN packs the right-hand matrix before it multiplies: let that be the smaller one
+        y = many_rows(part, x).T if len(x) < 512 else many_rows(x, part)    # (rows, size)
+        out[:, i:i + size] = y if bias is None else y.add_(bias[i:i + size])
     return out
 
 
@@ -73,7 +92,7 @@ def one_row(x, weight, bias=None):
     speed, oneDNN, which F.linear prefers, at less than half of that; so oneDNN is switched off for the moment."""
     outputs, inputs = weight.shape
     if x.dtype == torch.float32:
-        if outputs % PARTS or outputs * inputs < 1 << 18:           # a small matrix stays in the cache
+        if outputs % PARTS or outputs * inputs < 1 << 16:           # a small matrix stays in the cache
             return F.linear(x, weight, bias)
         y = torch.bmm(weight.view(PARTS, -1, inputs), x.T.expand(PARTS, inputs, 1)).view(1, outputs)
         return y if bias is None else y + bias

@@ -132,8 +132,9 @@ MUTATIONS = [
     ("the last rows of W left out of the gradient", "linear.py", "return sums + r[:, most:].float() @ weight[most:].float()", "return sums", MODEL, RED),
     ("gradient of one row: W upside down", "linear.py", "return transposed_cpu(r, ctx.saved_tensors[0])",
      "return transposed_cpu(r, ctx.saved_tensors[0].flip(0))", SLOT, RED),
-    ("bias dropped where 16 bits go by way of float32", "linear.py", "return (y if bias is None else y.add_(bias)).to(x.dtype)", "return y.to(x.dtype)",
-     MODEL, RED),
+    ("bias dropped where 16 bits go by way of float32", "linear.py", "out[:, i:i + size] = y if bias is None else y.add_(bias[i:i + size])",
+     "out[:, i:i + size] = y", MODEL, RED),
+    ("bias dropped by oneDNN's float32 product", "linear.py", "ONEDNN(x, weight, bias,", "ONEDNN(x, weight, None,", MODEL, RED),
 ]
 
 
