@@ -55,19 +55,12 @@ def many_rows(x, weight, bias=None):
     return ONEDNN(x, weight, bias, "none", [], "") if ONEDNN and len(x) else F.linear(x, weight, bias)
 
 
-def product_float32(x, weight):
-    """x Wᵀ for many rows x (rows, inputs) -> (rows, outputs) float32: SLOT's W h. (Where the hardware multiplies 16-bit numbers,
-    each product is rounded to them once, as in the model.)"""
-    if not x.is_cpu:
-        return F.linear(x, weight).float()
-    if x.dtype == torch.float32:
-        return many_rows(x, weight)
-    if not NATIVE_GEMM.get(x.dtype):
-        return by_way_of_float32(x, weight, None, torch.float32)
-    out = x.new_empty(len(x), len(weight), dtype=torch.float32)
-    for i in range(0, len(weight), 8192):                       # in blocks, so that what is made on the way stays in the cache
-        out[:, i:i + 8192] = F.linear(x, weight[i:i + 8192])
-    return out
+def product(x, weight):
+    """x Wᵀ for many rows x (rows, inputs): SLOT's W h -> (rows, outputs) in float32, or in the 16 bits of x where the hardware
+    multiplies such numbers and rounds each product to them, as in the model."""
+    if not x.is_cpu or NATIVE_GEMM.get(x.dtype):
+        return F.linear(x, weight)
+    return many_rows(x, weight) if x.dtype == torch.float32 else by_way_of_float32(x, weight, None, torch.float32)
 
 
 def by_way_of_float32(x, weight, bias, dtype):

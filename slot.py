@@ -37,10 +37,10 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from linear import product_float32, transposed_cpu
+from linear import product, transposed_cpu
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-5, 1e-8     # of the authors' AdamW
-KEPT = 0.8                                              # share of the bound on memory that may hold E; the rest is work space
+KEPT = 0.85                                             # share of the bound on memory for what is kept; the rest is work space
 
 
 def optimize_delta(hidden, tokens, lm_head, steps, lr, mask=None):
@@ -97,7 +97,8 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
     """Fit δ to each prompt: the same arguments and numbers as `optimize_delta`, without autograd.
 
     `lm_head` is read as a matrix: what counts of it is `lm_head.weight`, without a bias. In 16 bits the two forms agree up to
-    the rounding of W h. `memory`: bound in bytes on what is kept and made on the way; what does not fit is made again in every step.
+    the rounding of W h. `memory`: bound in bytes on what is kept and made on the way. If E, below, does not fit for all positions,
+    z is kept instead, which takes half of that where it has 16 bits; and where that does not fit, W h is made again in every step.
 
     The gradient of (2) in closed form. Let z = W h and E = exp(z - max z) (n, V), once before the loop. In every step
         b = W δ,  c = exp(b - max b)        (V,)    the constant that δ adds to all logits
@@ -106,44 +107,50 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
         g = Wᵀ(p - y)                       (d,)    y: the mean of what really came next, one-hot
         L = mean(log s + max z - z[x]) + max b - <b, y>
     That is four matrix-vector products, two with W and two with E, where autograd needs (n, V) exponentials and derivatives.
+    (From z alone, E is made anew a few positions at a time: exponentials again, but not W h.)
     E c is exact enough in float32 while b spreads over less than 60: every s is then at least e^-60, and the entries that
     underflow in E, below e^-87, cannot matter. The spread is looked at once, after the last step, so that a GPU is never
     waited for; if it was wider, the loop is run again with the softmax of z + b itself, right for any b.
     """
     targets, n = next_tokens(hidden, tokens, steps, lr, mask)
     (B, _, d), V, weight = hidden.shape, lm_head.weight.shape[0], lm_head.weight
-    rows = max(1, memory // (32 * V))           # positions at a time: their logits take an eighth of memory
-    budget = int(KEPT * memory)                 # for E, kept between the steps; a single step has no use for that
+    rows = max(1, memory // (32 * V))           # positions at a time: their logits in float32 take an eighth of memory
+    samples = [(i, hidden[i, :-1][targets[i] != -100], targets[i][targets[i] != -100]) for i in range(B)]
+    budget = int(KEPT * memory) if steps > 1 else 0                             # a single step has no use for what is kept
+    keep_E = 4 * V * sum(len(x) for _, _, x in samples) <= budget               # else z, of as many positions as can be
     blocks, y = [], torch.zeros(B, V, device=hidden.device)                     # y (B, V)
-    for i in range(B):
-        real = targets[i] != -100
-        for h, x in zip(hidden[i, :-1][real].split(rows), targets[i][real].split(rows)):    # (r, d), (r,)
+    for i, all_h, all_x in samples:
+        for h, x in zip(all_h.split(rows), all_x.split(rows)):                  # (r, d), (r,)
             y[i].index_add_(0, x, torch.ones_like(x, dtype=y.dtype) / n[i])
-            budget -= 4 * len(x) * V
-            blocks.append((i, h, x, exponentials(product_float32(h, weight), x) if budget >= 0 and steps > 1 else None))
+            kept, top, above = None, None, None
+            if budget >= 4 * V * len(x):
+                kept = product(h, weight)                                       # z (r, V)
+                top, above = against_top(kept, x)                               # (r, 1), (r,)
+                kept = kept.float().sub_(top).exp_() if keep_E else kept
+                budget -= kept.nbytes
+            blocks.append((i, h, x, kept, top, above))
 
-    def fit(use_kept):
+    def fit(wide):
         delta, mean, square = torch.zeros(3, B, d, device=hidden.device)        # δ and AdamW's two moments
         losses, widest = torch.zeros(steps, B, device=hidden.device), torch.zeros((), device=hidden.device)
         for step in range(steps):
             b = lm_head(delta.to(weight.dtype)).float() if step else torch.zeros_like(y)    # (B, V); δ starts at 0
-            top = b.amax(1, keepdim=True)                                       # (B, 1)
-            c = (b - top).exp_()                                                # (B, V)
-            widest = torch.maximum(widest, (top[:, 0] - b.amin(1)).amax())
+            top_b = b.amax(1, keepdim=True)                                     # (B, 1)
+            widest = torch.maximum(widest, (top_b[:, 0] - b.amin(1)).amax())
+            c = torch.ones_like(b) if wide else (b - top_b).exp_()              # (B, V)
             p = torch.zeros_like(b)                                             # (B, V)
-            for i, h, x, kept in blocks:
-                if use_kept and kept is not None:
-                    E, above = kept                                             # (r, V), (r,)
+            for i, h, x, kept, top, above in blocks:
+                if kept is None or wide:
+                    kept = product(h, weight) + b[i] if wide else product(h, weight)
+                    top, above = against_top(kept, x)
+                if not wide:
+                    above = above + top_b[i] - b[i][x]
+                for E in [kept] if keep_E and not wide else exponentials(kept, top):
                     s = E @ c[i]                                                # (r,)
-                    p[i].addcmul_(c[i], E.T @ (1 / s))
-                    above = above + top[i] - b[i][x]
-                else:                                                           # the same with b inside E, and so c = 1
-                    E = None                                                    # free the last block before the next is made
-                    E, above = exponentials(product_float32(h, weight).add_(b[i]), x)
-                    s = E.sum(1)
-                    p[i] += E.T @ (1 / s)
-                losses[step, i] += (s.log() + above).sum() / n[i]
-            g = weight_gradient(p / n[:, None] - y, weight)                     # (B, d)
+                    p[i].addmv_(E.T, 1 / s)
+                    losses[step, i] += s.log().sum() / n[i]
+                losses[step, i] += above.sum() / n[i]
+            g = weight_gradient(c * p / n[:, None] - y, weight)                 # (B, d)
             # AdamW, as torch.optim.AdamW does it: decay, moments, bias correction, step
             delta *= 1 - lr * WEIGHT_DECAY
             mean = BETAS[0] * mean + (1 - BETAS[0]) * g
@@ -152,17 +159,23 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
             delta -= lr * (mean / unbias[0]) / ((square / unbias[1]).sqrt() + EPS)
         return delta[:, None], losses, widest
 
-    delta, losses, widest = fit(use_kept=True)
+    delta, losses, widest = fit(wide=False)
     if not widest < 60:                                                         # so written that NaN counts as wide
-        delta, losses, _ = fit(use_kept=False)
+        delta, losses, _ = fit(wide=True)
     return delta, losses
 
 
-def exponentials(z, x):
-    """Logits z (r, V), which are overwritten, and the true next tokens x (r,) -> exp(z - max z), and max z - z[x] (r,)."""
-    top = z.amax(1, keepdim=True)                                               # (r, 1)
-    above = (top - z.gather(1, x[:, None]))[:, 0]
-    return z.sub_(top).exp_(), above
+def against_top(z, x):
+    """Logits z (r, V) and the true next tokens x (r,) -> max z (r, 1) and max z - z[x] (r,), float32."""
+    top = z.amax(1, keepdim=True).float()
+    return top, (top - z.gather(1, x[:, None]))[:, 0]
+
+
+def exponentials(z, top):
+    """exp(z - top) for logits z (r, V) and top (r, 1): yields (some rows, V) float32, so few that they stay in a CPU's cache."""
+    few = max(1, (1 << 20) // z.shape[1]) if z.is_cpu else len(z)
+    for z, top in zip(z.split(few), top.split(few)):
+        yield (z - top).exp_()
 
 
 def weight_gradient(r, weight):

@@ -5,7 +5,8 @@
                                            E c, Eᵀ s  2 · 4 n V bytes       the exponentials read twice
     published loop = steps × (6 n V d FLOP): W (h + δ), its gradient for h + δ, and its gradient for W
 
-E (n, V) float32 is kept where --slot-memory has room for it. What has none is made again in every step: that is W h per step.
+E (n, V) float32 is kept where --slot-memory has room for it; else W h itself, in 16 bits if the hardware makes it in 16 bits. What
+has no room in that way either is made again in every step: that is W h per step.
 """
 import time
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks.machine import Rates
 from benchmarks.random_model import SHAPES, config_of, weight_shapes
-from linear import Linear
+from linear import NATIVE_GEMM, Linear
 from slot import KEPT, optimize_delta_fast
 
 MEMORY = 1 << 30                # of generate.py --slot-memory
@@ -46,10 +47,12 @@ def terms(n, steps, V, d, B, dtype, rates):
     if not steps:
         return {"W h": 0.0, "head": 0.0, "E": 0.0, "W h again": 0.0}
     rows = n * B
-    kept = min(rows, int(KEPT * MEMORY) // (4 * V)) if steps > 1 else 0
+    z = dtype.itemsize if NATIVE_GEMM.get(dtype) else 4                                          # bytes of an entry of W h
+    room, E = int(KEPT * MEMORY), 2 * 4 * rows * V                                              # E is read twice, z once
+    kept, seen = (rows, E) if 4 * rows * V <= room else (min(rows, room // (z * V)), z * rows * V)
     product = max(2 * rows * V * d / rates.multiply(dtype), dtype.itemsize * V * d / rates.read)
     return {"W h": product, "head": steps * (1 + B) * dtype.itemsize * V * d / rates.read,      # Wᵀ r goes sample by sample
-            "E": steps * 2 * 4 * rows * V / rates.read, "W h again": (steps - 1) * product * (1 - kept / rows)}
+            "E": steps * seen / rates.read, "W h again": (steps - 1) * product * (1 - kept / rows)}
 
 
 def long_prompt(what):

@@ -104,9 +104,10 @@ MUTATIONS = [
     ("weight decay 0", "slot.py", "1e-5, 1e-8     #", "1e-5, 0.0     #", SLOT, INVISIBLE),
     ("fast: Adam bias correction left out", "slot.py", "unbias = [1 - beta ** (step + 1) for beta in BETAS]", "unbias = [1, 1]", SLOT, RED),
     ("fast: wide b not guarded", "slot.py", "if not widest < 60:", "if False:", SLOT, RED),
-    ("fast: mean over positions forgotten", "slot.py", "g = weight_gradient(p / n[:, None] - y, weight)", "g = weight_gradient(p / n[:, None] - y, weight) * n[:, None]", SLOT, RED),
-    ("fast: recomputed blocks without b", "slot.py", "exponentials(product_float32(h, weight).add_(b[i]), x)", "exponentials(product_float32(h, weight), x)", SLOT, RED),
-    ("fast: loss without max b", "slot.py", "above = above + top[i] - b[i][x]", "above = above - b[i][x]", SLOT, RED),
+    ("fast: mean over positions forgotten", "slot.py", "g = weight_gradient(c * p / n[:, None] - y, weight)", "g = weight_gradient(c * p / n[:, None] - y, weight) * n[:, None]", SLOT, RED),
+    ("fast: wide b left out of the softmax", "slot.py", "product(h, weight) + b[i] if wide else", "product(h, weight) if wide else", SLOT, RED),
+    ("fast: z where it is kept taken for E", "slot.py", "[kept] if keep_E and not wide", "[kept] if kept is not None and not wide", SLOT, RED),
+    ("fast: loss without max b", "slot.py", "above = above + top_b[i] - b[i][x]", "above = above - b[i][x]", SLOT, RED),
     ("delta kept in the head's dtype", "slot.py", "delta = torch.zeros(hidden.shape[0], 1, hidden.shape[2], device=hidden.device, requires_grad=True)",
      "delta = torch.zeros(hidden.shape[0], 1, hidden.shape[2], device=hidden.device, requires_grad=True, dtype=dtype)", SLOT, RED),
     # --- generate.py

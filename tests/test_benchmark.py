@@ -81,7 +81,7 @@ def test_the_published_loop_is_the_method():
 def test_sweep_terms_and_paper(capsys):
     """The model of the cost, at numbers that can be done by hand."""
     from benchmarks.machine import Rates
-    from benchmarks.sweep import MEMORY, line, on_paper, terms
+    from benchmarks.sweep import KEPT, MEMORY, line, on_paper, terms
 
     class Hand(Rates):
         def __init__(self):
@@ -89,9 +89,10 @@ def test_sweep_terms_and_paper(capsys):
 
     parts = terms(n=2, steps=3, V=50, d=4, B=1, dtype=torch.float32, rates=Hand())
     assert parts == {"W h": 80.0, "head": 3 * 2 * 4 * 50 * 4 / 10, "E": 3 * 2 * 4 * 2 * 50 / 10, "W h again": 0.0}
-    n = MEMORY // 50                                                        # 4/5 of MEMORY holds 1/5 of these rows of E
+    n = MEMORY // 50                                                        # MEMORY holds a quarter of these rows in float32
     again = terms(n=n, steps=3, V=50, d=4, B=1, dtype=torch.float32, rates=Hand())
-    assert again["W h again"] / again["W h"] == pytest.approx(2 * 4 / 5, rel=1e-4)
+    assert again["W h again"] / again["W h"] == pytest.approx(2 * (1 - KEPT / 4), rel=1e-4)
+    assert again["E"] == 3 * 4 * n * 50 / 10
     assert line([(1, 5.0), (2, 7.0), (4, 11.0)]) == pytest.approx((2, 3))
     rows = on_paper(Hand(), torch.float32)
     assert [row["shape"] for row in rows] == ["0.5b", "1.5b", "7b", "70b"]
