@@ -40,6 +40,7 @@ def parse_arguments(arguments=None):
     add("--slot-fast", action=argparse.BooleanOptionalAction, default=True,
         help="closed-form gradient (default), or the readable loop")
     add("--slot-memory", type=number(float, 0, above=True), default=1.0, metavar="GIB", help="extra memory for SLOT (default 1)")
+    add("--compile", action="store_true", help="decode by a compiled program: faster after some ten seconds (needs a C++ compiler)")
     add("--compare", action="store_true", help="print the plain answer and SLOT's (3 steps unless --slot-steps says otherwise)")
     add("--max-new-tokens", type=number(int, 1, 1 << 30), metavar="N", help=f"at most N new tokens (default {DEFAULT_NEW_TOKENS})")
     add("--temperature", type=number(float, 0), default=0.0, metavar="T", help="0 takes the likeliest token (default)")
@@ -55,8 +56,9 @@ def parse_arguments(arguments=None):
         parser.error("give --prompt or --prompts, not both")
     if args.raw and args.system:
         parser.error("--system needs the chat template, which --raw leaves out")
-    if args.compare and (args.prompts or len(args.prompt or []) > 1):
-        parser.error("--compare takes one prompt")
+    for option in ("compare", "compile"):
+        if getattr(args, option) and (args.prompts or len(args.prompt or []) > 1):
+            parser.error(f"--{option} takes one prompt")
     return args
 
 
@@ -66,6 +68,7 @@ if __name__ == "__main__":      # before torch is imported, see cli.py
 
 import torch
 
+from compiled import compile_step
 from load_weights import find_model, load_model
 from model import KVCache
 from slot import optimize_delta, optimize_delta_fast
@@ -83,12 +86,14 @@ def generate(lm, tokens, max_new_tokens, **options):
         yield ids[0]
 
 
-def generate_batch(lm, prompts, max_new_tokens, slot_steps=0, slot_lr=0.01, slot_fast=True, slot_memory=1 << 30, **sampling):
+def generate_batch(lm, prompts, max_new_tokens, slot_steps=0, slot_lr=0.01, slot_fast=True, slot_memory=1 << 30, compiled=False,
+                   **sampling):
     """Answer several prompts, lists of ids: yields, token after token, a list with the new id of every prompt, or None once that
     prompt's answer has ended. One δ each: every prompt gets what it gets alone."""
     hidden, tokens, mask, cache = prefill(lm, prompts, max_new_tokens)
     bias, _ = slot_bias(lm, hidden, tokens, mask, slot_steps, slot_lr, slot_fast, slot_memory)
-    yield from decode(lm, hidden[:, -1:], cache, max_new_tokens, bias, **sampling)
+    step = compile_step(lm, cache) if compiled else None
+    yield from decode(lm, hidden[:, -1:], cache, max_new_tokens, bias, step, **sampling)
 
 
 @torch.no_grad()
@@ -124,14 +129,17 @@ def slot_bias(lm, hidden, tokens, mask, steps, lr, fast=True, memory=1 << 30):
 
 
 @torch.no_grad()
-def decode(lm, hidden, cache, max_new_tokens, bias=None, *, eos_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
+def decode(lm, hidden, cache, max_new_tokens, bias=None, step=None, *, eos_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
     """From the hidden state of the last prompt token, (B, 1, d), to new tokens, one forward pass each. Yields lists as
-    `generate_batch` does. Every row draws from a generator of its own, so its text does not depend on who shares the batch."""
+    `generate_batch` does. Every row draws from a generator of its own, so its text does not depend on who shares the batch.
+    `step`: a function tokens (B, 1) -> logits (B, V) that takes the model's place, see compiled.py."""
+    step = step or (lambda tokens: lm(tokens, cache)[:, -1])
+    logits = lm.lm_head(hidden)[:, -1]                              # (B, V)
     B = len(hidden)
     draws = [torch.Generator(hidden.device).manual_seed(seed) for _ in range(B)]
     rows = list(range(B))                                           # the prompts that are still being answered
     for count in range(max_new_tokens):
-        logits = lm.lm_head(hidden)[:, -1].float()                  # (rows, V)
+        logits = logits.float()                                     # (rows, V)
         if bias is not None:
             logits = logits + bias[:, 0]
         ids = [None] * B
@@ -145,8 +153,7 @@ def decode(lm, hidden, cache, max_new_tokens, bias=None, *, eos_ids=(), temperat
             rows = [rows[i] for i in alive]
             cache.keep_rows(alive)
             bias = bias[alive] if bias is not None else None
-        tokens = torch.tensor([[ids[row]] for row in rows], device=hidden.device)
-        hidden = lm.model(tokens, cache)                            # (rows, 1, d)
+        logits = step(torch.tensor([[ids[row]] for row in rows], device=hidden.device))
 
 
 def choose(lm, logits, temperature, top_k, top_p, draws):
@@ -241,7 +248,13 @@ def main(args):
         for row in range(len(ids)):
             say_slot(tokenizer, losses[:, row].tolist(), bias[row, 0, :tokenizer.vocab_size])
 
-    options = dict(eos_ids=tokenizer.eos_ids, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    step = None
+    if args.compile:
+        say("compile   the first time for a model this takes half a minute ...")
+        began, step = time.perf_counter(), compile_step(lm, cache)
+        say(f"compile   {time.perf_counter() - began:.1f} s")
+    options = dict(step=step, eos_ids=tokenizer.eos_ids, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                   seed=args.seed)
     if not args.compare:
         answer(tokenizer, decode(lm, hidden[:, -1:], cache, new, bias, **options), len(ids), prefilled + fitted)
         return

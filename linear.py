@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 class Linear(nn.Module):
     """y = x Wᵀ (+ b), as nn.Linear, but left without initial values: they come from a file (or from tiny/train.py)."""
+    words = None                                # the weight as `one_row_compiled` reads it, set by compiled.py
+
     def __init__(self, inputs, outputs, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
@@ -17,7 +19,11 @@ class Linear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])       # flat: of a slice like hidden[:, :-1] torch would copy W first, once a sample
-        return (linear_cpu if x.is_cpu else F.linear)(rows, self.weight, self.bias).view(*x.shape[:-1], len(self.weight))
+        if self.words is not None and torch.compiler.is_compiling():
+            y = one_row_compiled(rows, self.words, self.bias)
+        else:
+            y = (linear_cpu if x.is_cpu else F.linear)(rows, self.weight, self.bias)
+        return y.view(*x.shape[:-1], len(self.weight))
 
 
 # Whether this CPU multiplies matrices of the dtype in hardware (AVX-512 BF16, AMX); most laptops do not.
@@ -90,6 +96,28 @@ def one_row(x, weight, bias=None):
         y = torch.bmm(weight.view(PARTS, -1, inputs), x.T.expand(PARTS, inputs, 1)).view(1, outputs)
         return y if bias is None else y + bias
     return without_onednn(F.linear, x, weight, bias)
+
+
+def weight_words(weight):
+    """What `one_row_compiled` reads: of bfloat16 two neighbours as one 32-bit integer, (outputs, inputs/2), else W itself."""
+    if weight.dtype != torch.bfloat16 or weight.shape[1] % 2:
+        return weight.data
+    return (weight.data if weight.storage_offset() % 2 == 0 else weight.data.clone()).view(torch.int32)
+
+
+def one_row_compiled(x, words, bias):
+    """`one_row` in a form that torch.compile turns into one loop over W (see compiled.py), in and to float32 -> (1, outputs).
+
+    A bfloat16 number is the upper half of a float32. So of two neighbours in one 32-bit word, shifting it up leaves the first, and
+    masking it the second: a third of the instructions of a conversion, and with them the loop keeps up with memory."""
+    x = x.float()
+    if words.dtype == torch.int32:
+        terms = ((words << 16).view(torch.float32) * x[:, 0::2].contiguous()
+                 + (words & -65536).view(torch.float32) * x[:, 1::2].contiguous())
+    else:
+        terms = words.float() * x
+    y = terms.sum(-1)
+    return (y if bias is None else y + bias)[None]
 
 
 def without_onednn(product, *factors):

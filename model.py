@@ -141,8 +141,9 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)                               # (B, K, S, D)
         if T == 1:
             # H/K query heads share one key/value head. With one token and no order among queries they can stand where
-            # torch expects a sequence of queries: the keys are read once, and nothing is repeated in memory.
-            out = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.D), k, v, attn_mask=mask)
+            # torch expects a sequence of queries: the keys are read once, and nothing is repeated in memory. (`to`: what
+            # compiled.py computes in float32 meets a cache in the model's dtype.)
+            out = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.D).to(k.dtype), k, v, attn_mask=mask)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(out.reshape(B, -1, T, self.D).transpose(1, 2).reshape(B, T, -1))     # (B, T, d)

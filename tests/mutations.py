@@ -20,7 +20,7 @@ import pytest
 import torch  # noqa: F401  imported once here, so that the forked children need not
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL, ROPE, SLOT, TOKENIZER = (f"tests/test_{name}.py" for name in ("model", "rope", "slot", "tokenizer"))
+MODEL, ROPE, SLOT, TOKENIZER, COMPILED = (f"tests/test_{name}.py" for name in ("model", "rope", "slot", "tokenizer", "compiled"))
 STREAM = f"{TOKENIZER} -k stream"
 RED, INVISIBLE = "red", "invisible"
 
@@ -129,6 +129,13 @@ MUTATIONS = [
      TOKENIZER, RED),
     ("further pairs of a token forgotten", "bpe.py", "self.more[a, b] = place", "pass", TOKENIZER, RED),
     ("ignore_merges ignored", "bpe.py", "if self.ignore_merges and piece in self.ranks:", "if False:", TOKENIZER, RED),
+    # --- compiled.py
+    ("compiled: attention sees one key too many", "compiled.py", "device=token.device) > position", "device=token.device) > position + 1", COMPILED, RED),
+    ("compiled: every part of the layers with the first part's cache", "compiled.py", "position, keys[part], values[part])",
+     "position, keys[parts[0]], values[parts[0]])", COMPILED, RED),
+    ("compiled: the span never grows", "compiled.py", "if cache.pos >= span:", "if not span:", COMPILED, RED),
+    ("compiled: compiling moves the cache on", "compiled.py", "    cache.pos -= 1 ", "    pass ", COMPILED, RED),
+    ("compiled: the halves of a pair swapped", "linear.py", "x[:, 0::2].contiguous()", "x[:, 1::2].contiguous()", COMPILED, RED),
     # --- linear.py
     ("the last rows of W left out of the gradient", "linear.py", "return sums + r[:, most:].float() @ weight[most:].float()", "return sums", MODEL, RED),
     ("gradient of one row: W upside down", "linear.py", "return transposed_cpu(r, ctx.saved_tensors[0])",
