@@ -106,9 +106,16 @@ class Subject:
         self.prompt = self.tokens[:min(PROMPT, most - new)]
         self.hidden, self.ids_tensor, _, _ = prefill(self.lm, [self.prompt], new)
         self.eight = [self.tokens[i:i + 16] for i in range(8)]
-        self.forms = dict(FUNCTIONS)
+        self.forms, self.compiles = dict(FUNCTIONS), False
         if self.dtype != torch.float32 and not NATIVE_GEMM[self.dtype] and self.lm.lm_head.weight.numel() > 1e7:
             del self.forms["published loop"]                                # minutes a step
+
+    def compile(self):
+        try:
+            self.answer(compiled=True)
+            self.compiles = True
+        except ValueError as error:
+            self.notes.append(f"decode, compiled: left out, {error}")
 
     def measure(self):
         """One round: yields (row, seconds)."""
@@ -120,6 +127,9 @@ class Subject:
         first, rest, self.ids["here"] = self.answer()
         yield f"first token after {len(self.prompt)}", first
         yield "decode", rest / (self.new - 1)
+        if self.compiles:
+            _, rest, self.ids["compiled"] = self.answer(compiled=True)
+            yield "decode, compiled", rest / (self.new - 1)
         for name, peer in self.peers.items():
             reply = peer.ask(do="answer", tokens=self.prompt, new=self.new)
             self.ids[name] = reply["ids"]
@@ -139,9 +149,9 @@ class Subject:
         self.lm = load_model(self.folder, dtype=self.dtype)
         next(generate(self.lm, [0], 1))
 
-    def answer(self):
+    def answer(self, compiled=False):
         began, stamps, ids = time.perf_counter(), [], []
-        for id in generate(self.lm, self.prompt, self.new):
+        for id in generate(self.lm, self.prompt, self.new, compiled=compiled):
             stamps.append(time.perf_counter())
             ids.append(id)
         return stamps[0] - began, stamps[-1] - stamps[0], ids
@@ -211,7 +221,7 @@ class Subject:
         found, time_of = {}, lambda row: median(self.seconds[row])
         for note in self.notes:
             print(f"  {note}")
-        for name in self.peers:
+        for name in [*self.peers, "compiled"] if self.compiles else self.peers:
             agree = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.ids["here"], self.ids[name])))
             warning = " WARNING: in float32 they should" if self.dtype == torch.float32 and agree < self.new else ""
             print(f"  {name}: the first {agree} of {self.new} greedy tokens are the same.{warning}")
@@ -220,6 +230,9 @@ class Subject:
             for name in list(self.forms)[1:] if "published loop" in self.forms else ():
                 found[f"{row}, published / {name}"] = time_of(f"{row}, published loop") / time_of(f"{row}, {name}")
         found["8 prompts: batch / one by one"] = time_of("8 prompts one by one") / time_of("8 prompts in a batch")
+        if self.compiles:
+            found["decode, here / compiled"] = time_of("decode") / time_of("decode, compiled")
+            found |= {f"decode, {name} / compiled": time_of(f"decode, {name}") / time_of("decode, compiled") for name in self.peers}
         for name in self.peers:
             for row in ["decode", f"first token after {len(self.prompt)}", "load, to the first token"] + \
                        [f"prefill {T}" for T in self.lengths]:
@@ -357,6 +370,7 @@ def main(args):
             say(f"preparing {name}, {dtype}")
             subject = Subject(name, folder, dtype, args.new)
             subjects.append(subject)
+            subject.compile()
             if "published loop" not in subject.forms:
                 subject.notes.append(subject.piece_of_published())
             for kind, python in pythons.items() if folder != HERE / "tiny" else ():

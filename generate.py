@@ -12,7 +12,6 @@ Letters: B batch, T tokens, d width, V vocabulary.
 """
 import argparse
 import json
-import math
 import re
 import sys
 import time
@@ -71,6 +70,7 @@ import torch
 from compiled import compile_step
 from load_weights import find_model, load_model
 from model import KVCache
+from sampling import choose
 from slot import optimize_delta, optimize_delta_fast
 from tokenizer import load_tokenizer
 
@@ -154,26 +154,6 @@ def decode(lm, hidden, cache, max_new_tokens, bias=None, step=None, *, eos_ids=(
             cache.keep_rows(alive)
             bias = bias[alive] if bias is not None else None
         logits = step(torch.tensor([[ids[row]] for row in rows], device=hidden.device))
-
-
-def choose(lm, logits, temperature, top_k, top_p, draws):
-    """logits (rows, V) float32 -> one id a row: the likeliest, or drawn from softmax(logits / temperature), cut to top_k, top_p."""
-    best, ids = logits.max(-1)
-    if not torch.isfinite(logits).all():
-        bad = next((name for name, p in lm.named_parameters() if not p.isfinite().all()), None)
-        raise ValueError(f"the logits are not finite: {bad} holds NaN or infinity; download the weights again" if bad else
-                         f"the logits are not finite: the numbers overflow {lm.lm_head.weight.dtype}; try --dtype float32")
-    if temperature == 0:
-        return ids.tolist()
-    logits = (logits - best[:, None]) / temperature
-    if top_k and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    probabilities = logits.softmax(-1)
-    if top_p < 1:
-        p, order = probabilities.sort(descending=True, stable=True)
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)             # the token that crosses top_p stays
-        probabilities = torch.zeros_like(p).scatter(-1, order, p)
-    return [torch.multinomial(p, 1, generator=draw).item() for p, draw in zip(probabilities, draws)]
 
 
 def read_prompts(args):

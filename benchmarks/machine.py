@@ -2,7 +2,7 @@
 
 Every limit that benchmark.py prints comes from two rates, measured in the same run as what they are held against:
     read      bytes/s of the fastest way that torch has to read much more memory than the caches hold
-    multiply  FLOP/s of a large matrix product in a dtype
+    multiply  FLOP/s of a large matrix product in a dtype, in the fastest way that torch has
 Work is a list of phases (bytes, FLOP). A phase takes as long as the longer of the two; phases come one after another.
 """
 import os
@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from linear import NATIVE_GEMM
+from linear import NATIVE_GEMM, product
 
 EMULATION = ["ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"]
 
@@ -57,7 +57,7 @@ class Rates:
         seconds = min(timed(self.memory.sum), timed(lambda: torch.mv(matrix, row)))
         self.reads.append(4 * len(self.memory) / seconds)
         for dtype, (a, b) in self.factors.items():
-            self.products[dtype].append(2 * 1024 * 2048 * 2048 / timed(lambda: torch.mm(a, b.T)))
+            self.products[dtype].append(2 * 1024 * 2048 * 2048 / timed(lambda: product(a, b)))
 
     @property
     def read(self):

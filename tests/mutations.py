@@ -70,7 +70,7 @@ MUTATIONS = [
      "F.scaled_dot_product_attention(q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v)), attn_mask=mask, is_causal=mask is None)",
      MODEL, RED),
     ("key/value heads repeated in the wrong order (decoding)", "model.py",
-     "F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.D), k, v, attn_mask=mask)",
+     "F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.D).to(k.dtype), k, v, attn_mask=mask)",
      "F.scaled_dot_product_attention(q.reshape(B, -1, k.shape[1], self.D).transpose(1, 2), k, v, attn_mask=mask)"
      ".transpose(1, 2).reshape(B, k.shape[1], -1, self.D)", MODEL, RED),
     ("attention scaled by hidden_size / heads instead of head_dim", "model.py", "attn_mask=mask, is_causal=mask is None, enable_gqa=True)",

@@ -4,6 +4,8 @@ and later comparisons read. No figure is judged: this machine may be busy.
 """
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +37,7 @@ def test_table_and_json(tmp_path):
     assert set(result["commands"]) == {"import torch alone", "generate.py --help", "generate.py, one token"}
     assert len(result["rates"]["read"]) == 1 and len(result["rates"]["multiply"]["float32"]) == 1
     table, = result["tables"]
-    expected = ["load, to the first token", "prefill 16", "prefill 160", "first token after 200", "decode",
+    expected = ["load, to the first token", "prefill 16", "prefill 160", "first token after 200", "decode", *["decode, compiled"] * bool(shutil.which(os.environ.get("CXX", "g++"))),
                 *(f"SLOT {what}, {form}" for form in FORMS for what in ("5 steps", "a step")),
                 "8 prompts in a batch", "8 prompts one by one"]
     assert list(table["rows"]) == expected
