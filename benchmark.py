@@ -98,7 +98,7 @@ class Subject:
     def __init__(self, name, folder, dtype, new):
         self.name, self.folder, self.dtype, self.new = name, folder, getattr(torch, dtype), new
         self.lm, self.title = load_model(folder, dtype=dtype), f"{name}, {dtype}"
-        self.seconds, self.peers, self.notes, self.ids = {}, {}, [], {}
+        self.seconds, self.peers, self.notes, self.ids, self.round = {}, {}, [], {}, 0
         most = self.lm.config.max_position_embeddings
         draw = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(0, self.lm.config.vocab_size, (min(most, 2048),), generator=draw).tolist()
@@ -124,17 +124,17 @@ class Subject:
             yield f"prefill {T}", timed(lambda: prefill(self.lm, [self.tokens[:T]], self.new))
             for name, peer in self.peers.items():
                 yield f"prefill {T}, {name}", peer.ask(do="prefill", tokens=self.tokens[:T])["seconds"]
-        first, rest, self.ids["here"] = self.answer()
-        yield f"first token after {len(self.prompt)}", first
-        yield "decode", rest / (self.new - 1)
-        if self.compiles:
-            _, rest, self.ids["compiled"] = self.answer(compiled=True)
-            yield "decode, compiled", rest / (self.new - 1)
+        decoders = {"here": self.answer} | ({"compiled": lambda: self.answer(compiled=True)} if self.compiles else {})
         for name, peer in self.peers.items():
-            reply = peer.ask(do="answer", tokens=self.prompt, new=self.new)
+            decoders[name] = lambda peer=peer: peer.ask(do="answer", tokens=self.prompt, new=self.new)
+        names = list(decoders)
+        for name in names[self.round % len(names):] + names[:self.round % len(names)]:         # they take turns in going first
+            reply, suffix = decoders[name](), "" if name == "here" else f", {name}"
             self.ids[name] = reply["ids"]
-            yield f"first token after {len(self.prompt)}, {name}", reply["first"]
-            yield f"decode, {name}", reply["rest"] / (self.new - 1)
+            if name != "compiled":
+                yield f"first token after {len(self.prompt)}{suffix}", reply["first"]
+            yield f"decode{suffix}", reply["rest"] / (self.new - 1)
+        self.round += 1
         for name in self.forms:
             call, more = (timed(lambda: self.slot(name, steps)) for steps in (STEPS, OTHER[name]))
             yield f"SLOT {STEPS} steps, {name}", call
@@ -154,7 +154,7 @@ class Subject:
         for id in generate(self.lm, self.prompt, self.new, compiled=compiled):
             stamps.append(time.perf_counter())
             ids.append(id)
-        return stamps[0] - began, stamps[-1] - stamps[0], ids
+        return dict(first=stamps[0] - began, rest=stamps[-1] - stamps[0], ids=ids)
 
     def slot(self, name, steps):
         return self.forms[name](self.hidden, self.ids_tensor, self.lm.lm_head, steps, LR)
