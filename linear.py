@@ -18,12 +18,13 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x):
-        rows = x.reshape(-1, x.shape[-1])       # flat: of a slice like hidden[:, :-1] torch would copy W first, once a sample
+        weight, bias, (*shape, inputs) = self.weight, self.bias, x.shape
+        rows = x.reshape(-1, inputs)            # flat: of a slice like hidden[:, :-1] torch would copy W first, once a sample
         if self.words is not None and torch.compiler.is_compiling():
-            y = one_row_compiled(rows, self.words, self.bias)
+            y = one_row_compiled(rows, self.words, bias)
         else:
-            y = (linear_cpu if x.is_cpu else F.linear)(rows, self.weight, self.bias)
-        return y.view(*x.shape[:-1], len(self.weight))
+            y = (linear_cpu if x.is_cpu else F.linear)(rows, weight, bias)
+        return y.view(*shape, len(weight))
 
 
 # Whether this CPU multiplies matrices of the dtype in hardware (AVX-512 BF16, AMX); most laptops do not.
@@ -39,14 +40,14 @@ def linear_cpu(x, weight, bias):
     Many rows (prefill) in float32: torch asks MKL, oneDNN is faster; `many_rows`. In 16 bits without hardware support, a product
     runs 5 to 10 times slower than one in float32. So float32 it is, without a second copy of W; `by_way_of_float32`.
     """
-    rows, graph = len(x), torch.is_grad_enabled() and x.requires_grad
-    if torch.is_grad_enabled() and weight.requires_grad:
-        return F.linear(x, weight, bias)
+    rows = len(x)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return OneRow.apply(x, weight, bias) if rows == 1 and not weight.requires_grad else F.linear(x, weight, bias)
     if rows == 1:
-        return OneRow.apply(x, weight, bias) if graph else one_row(x, weight, bias)
-    if not graph and x.dtype == torch.float32:
+        return one_row(x, weight, bias)
+    if x.dtype == torch.float32:
         return many_rows(x, weight, bias)
-    if graph or rows <= 4 or NATIVE_GEMM.get(x.dtype, True):
+    if rows <= 4 or NATIVE_GEMM.get(x.dtype, True):
         return F.linear(x, weight, bias)
     return by_way_of_float32(x, weight, bias, x.dtype)
 
@@ -89,8 +90,8 @@ def one_row(x, weight, bias=None):
 
     In float32 MKL may use one core only; as a batch of partial products it uses all. In 16 bits torch's own loop reads at memory
     speed, oneDNN, which F.linear prefers, at less than half of that; so oneDNN is switched off for the moment."""
-    outputs, inputs = weight.shape
     if x.dtype == torch.float32:
+        outputs, inputs = weight.shape
         if outputs % PARTS or outputs * inputs < 1 << 16:           # a small matrix stays in the cache
             return F.linear(x, weight, bias)
         y = torch.bmm(weight.view(PARTS, -1, inputs), x.T.expand(PARTS, inputs, 1)).view(1, outputs)

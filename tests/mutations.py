@@ -58,7 +58,7 @@ MUTATIONS = [
      "x = x + self.self_attn(self.post_attention_layernorm(x), cos, sin, mask, cache)\n        return x + self.mlp(self.input_layernorm(x))",
      MODEL, RED),
     ("final norm left out", "model.py", "return self.norm(x)", "return x", MODEL, RED),
-    ("all biases dropped", "linear.py", "(rows, self.weight, self.bias)", "(rows, self.weight, None)", MODEL, RED),
+    ("all biases dropped", "linear.py", "(rows, weight, bias)", "(rows, weight, None)", MODEL, RED),
     ("v bias dropped", "model.py", "v = self.v_proj(x).view", "v = F.linear(x, self.v_proj.weight).view", MODEL, RED),
     ("o bias dropped", "model.py", "return self.o_proj(out.reshape(B, -1, T, self.D).transpose(1, 2).reshape(B, T, -1))",
      "return F.linear(out.reshape(B, -1, T, self.D).transpose(1, 2).reshape(B, T, -1), self.o_proj.weight)", MODEL, RED),
