@@ -89,6 +89,8 @@ def compile_step(lm, cache):
                     torch._dynamo.mark_static_address(tensor)       # a recorded graph writes where it was recorded
                 else:
                     torch._dynamo.mark_dynamic(tensor, 2)           # one program for every S
+        if device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()              # what the recorded graphs gave before may be overwritten
         position = torch.full((1,), cache.pos, device=device)
         x, *shared = begin_program(lm.model, token, position, keys[0])
         for some, part in zip(layers, parts):

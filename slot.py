@@ -174,8 +174,9 @@ def against_top(z, x):
 def exponentials(z, top):
     """exp(z - top) for logits z (r, V) and top (r, 1): yields (some rows, V) float32, so few that they stay in a CPU's cache."""
     few = max(1, (1 << 20) // z.shape[1]) if z.is_cpu else len(z)
+    room = torch.empty(min(few, len(z)), z.shape[1], device=z.device)       # every piece in the place of the one before
     for z, top in zip(z.split(few), top.split(few)):
-        yield (z - top).exp_()
+        yield room[:len(z)].copy_(z).sub_(top).exp_()
 
 
 def weight_gradient(r, weight):
