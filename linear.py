@@ -110,14 +110,16 @@ def one_row_compiled(x, words, bias):
     """`one_row` in a form that torch.compile turns into one loop over W (see compiled.py), in and to float32 -> (1, outputs).
 
     A bfloat16 number is the upper half of a float32. So of two neighbours in one 32-bit word, shifting it up leaves the first, and
-    masking it the second: a third of the instructions of a conversion, and with them the loop keeps up with memory."""
+    masking it the second: a third of the instructions of a conversion, and with them the loop keeps up with memory.
+    Where x is too long for the first cache, four rows of W at a time share what is read of it; in float32 that always pays."""
     x = x.float()
+    parts = words.chunk(4 if words.dtype == torch.float32 or x.shape[1] >= 8192 else 1)
     if words.dtype == torch.int32:
-        terms = ((words << 16).view(torch.float32) * x[:, 0::2].contiguous()
-                 + (words & -65536).view(torch.float32) * x[:, 1::2].contiguous())
+        first, second = x[:, 0::2].contiguous(), x[:, 1::2].contiguous()
+        rows = [(part << 16).view(torch.float32) * first + (part & -65536).view(torch.float32) * second for part in parts]
     else:
-        terms = words.float() * x
-    y = terms.sum(-1)
+        rows = [part.float() * x for part in parts]
+    y = torch.cat([row.sum(-1) for row in rows])
     return (y if bias is None else y + bias)[None]
 
 

@@ -66,7 +66,7 @@ def test_generate_gives_the_same_tokens():
 
 
 @pytest.mark.parametrize("dtype, shape", [
-    (torch.float32, (7, 12)), (torch.float16, (7, 12)), (torch.bfloat16, (7, 12)), (torch.bfloat16, (7, 9))])
+    (torch.float32, (7, 12)), (torch.float16, (7, 12)), (torch.bfloat16, (7, 12)), (torch.bfloat16, (7, 9)), (torch.bfloat16, (7, 8192))])
 def test_products_of_pairs(dtype, shape):
     """The loop's arithmetic, uncompiled: exact, of weights at an odd place in a file too."""
     g = torch.Generator().manual_seed(0)
@@ -74,7 +74,7 @@ def test_products_of_pairs(dtype, shape):
         stored = torch.randn(start + shape[0] * shape[1], generator=g).to(dtype)
         weight, x = stored[start:].view(shape), torch.randn(1, shape[1], generator=g)
         y = linear.one_row_compiled(x, linear.weight_words(weight), torch.ones(7, dtype=dtype))
-        assert y.dtype == torch.float32 and torch.allclose(y, x @ weight.float().T + 1, atol=1e-5)
+        assert y.dtype == torch.float32 and torch.allclose(y, x @ weight.float().T + 1, atol=3e-6 * shape[1] ** 0.5)
 
 
 def test_batches_are_refused():
