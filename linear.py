@@ -94,7 +94,11 @@ def one_row(x, weight, bias=None):
         outputs, inputs = weight.shape
         if outputs % PARTS or outputs * inputs < 1 << 16:           # a small matrix stays in the cache
             return F.linear(x, weight, bias)
-        y = torch.bmm(weight.view(PARTS, -1, inputs), x.T.expand(PARTS, inputs, 1)).view(1, outputs)
+        parts = weight.view(PARTS, -1, inputs)
+        if inputs < 4096:
+            y = torch.bmm(parts, x.T.expand(PARTS, inputs, 1)).view(1, outputs)
+        else:                                                       # the same product, by a kernel that is kinder to a long x
+            y = torch.bmm(x.expand(PARTS, 1, inputs), parts.transpose(1, 2)).view(1, outputs)
         return y if bias is None else y + bias
     return without_onednn(F.linear, x, weight, bias)
 

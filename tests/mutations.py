@@ -142,6 +142,7 @@ MUTATIONS = [
      "return transposed_cpu(r, ctx.saved_tensors[0].flip(0))", SLOT, RED),
     ("bias dropped where 16 bits go by way of float32", "linear.py", "out[:, i:i + size] = y if bias is None else y.add_(bias[i:i + size])",
      "out[:, i:i + size] = y", MODEL, RED),
+    ("one row, a long x: the parts of W in the wrong order", "linear.py", "parts.transpose(1, 2)", "parts.flip(0).transpose(1, 2)", MODEL, RED),
     ("bias dropped by oneDNN's float32 product", "linear.py", "ONEDNN(x, weight, bias,", "ONEDNN(x, weight, None,", MODEL, RED),
 ]
 

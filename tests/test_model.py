@@ -194,27 +194,27 @@ def test_half_precision_folders(name):
 CLOSE = {torch.bfloat16: 0.004, torch.float16: 0.0005, torch.float32: 5e-6}
 
 
-@pytest.mark.parametrize("outputs", [5, 100, 1024, 2500, 4096, 20001])
+@pytest.mark.parametrize("outputs, inputs", [(5, 64), (100, 64), (1024, 64), (2500, 64), (4096, 64), (20001, 64), (16, 4104)])
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 1), (2, 20), (520,)])
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", CLOSE)
 @torch.no_grad()
-def test_products(dtype, native, rows, outputs, monkeypatch):
+def test_products(dtype, native, rows, outputs, inputs, monkeypatch):
     """Linear takes different ways for one row, few and many, long weights in blocks, and by what the CPU can: each is x Wᵀ + b,
     rounded once. Both ways are tried on every CPU (one without 16-bit products in hardware computes them slowly)."""
     monkeypatch.setitem(linear.NATIVE_GEMM, dtype, native)
     g = torch.Generator().manual_seed(0)
-    layer = linear.Linear(64, outputs, bias=True)
-    layer.weight.data = torch.randn(outputs, 64, generator=g).to(dtype)
+    layer = linear.Linear(inputs, outputs, bias=True)
+    layer.weight.data = torch.randn(outputs, inputs, generator=g).to(dtype)
     layer.bias.data = torch.randn(outputs, generator=g).to(dtype)
-    x = torch.randn(*rows, 64, generator=g).to(dtype)
+    x = torch.randn(*rows, inputs, generator=g).to(dtype)
     y = layer(x)
     assert y.shape == (*rows, outputs) and y.dtype == dtype
     off = relative_rms(y.double(), x.double() @ layer.weight.double().T + layer.bias.double())
     assert off < CLOSE[dtype], f"relative rms error {off:.1e}"
-    z = linear.product(x.view(-1, 64), layer.weight)
-    assert z.shape == (x.numel() // 64, outputs) and z.dtype == (dtype if native else torch.float32)
-    off = relative_rms(z.double(), x.double().view(-1, 64) @ layer.weight.double().T)
+    z = linear.product(x.view(-1, inputs), layer.weight)
+    assert z.shape == (x.numel() // inputs, outputs) and z.dtype == (dtype if native else torch.float32)
+    off = relative_rms(z.double(), x.double().view(-1, inputs) @ layer.weight.double().T)
     assert off < CLOSE[dtype], f"relative rms error of W h {off:.1e}"
 
 
