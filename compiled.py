@@ -1,12 +1,13 @@
 """Decoding by compiled programs: generate.py --compile.
 
-Token after token, model.py asks torch for some 70 small operations a layer, and whatever time that takes is lost to reading the
-weights. torch.compile makes one program of them. It can if nothing changes from token to token but the numbers in tensors: the
+Token after token, model.py asks torch for some 70 small operations a layer, and while Python and torch prepare them, no weights
+are read. torch.compile makes one program of them. It can if nothing changes from token to token but the numbers in tensors: the
 position is a tensor here, the new keys and values are written where it says, and attention looks at a fixed span of the cache, of
 which a mask hides what is not filled yet. The layers are those of model.py. One program of a few layers serves them all in turn.
 
-On a CPU the program is C++, and activations stay in float32 throughout, whatever the weights' dtype (see linear.py). On CUDA
-it is a graph of kernels that is recorded once and replayed. Compiling takes some ten seconds; torch keeps the result on disk.
+On a CPU the program is C++, and activations are float32 but inside attention, whatever the weights' dtype (see linear.py). On
+CUDA it is a graph of kernels that is recorded once and replayed. Compiling takes up to a minute; torch keeps the result on disk,
+and the next time it takes seconds.
 
 Letters: K key/value heads, S positions of the cache that attention looks at, D head_dim, d width, V vocabulary.
 """
@@ -54,7 +55,8 @@ def end(lm, x):
 
 def compile_step(lm, cache):
     """-> a function from token (1, 1) to logits (1, V) float32, which does what `lm(token, cache)` does. Compiles here, not at the
-    first token. Raises ValueError for a cache of several rows, a device other than cpu and cuda, and where torch cannot compile."""
+    first token. Raises ValueError for a cache of several rows or with padding, a device other than cpu and cuda, and where torch
+    cannot compile; the function does when the cache is full. On a CPU it leaves `words` in every Linear of lm."""
     device = cache.k.device
     if cache.k.shape[1] != 1 or cache.mask is not None:
         raise ValueError("--compile: decodes one prompt, not a batch; leave it out")
@@ -70,7 +72,7 @@ def compile_step(lm, cache):
         how = dict(options={"realize_reads_threshold": 0, "realize_opcount_threshold": 0, "size_asserts": False,
                             "cpp.enable_floating_point_contract_flag": "fast",
                             "cpp.simdlen": {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())})
-    torch._dynamo.config.recompile_limit = 64           # programs a function: every shape of model is one of its own
+    torch._dynamo.config.recompile_limit = 64           # programs that torch keeps of a function: every shape of model needs its own
     begin_program, layers_program, end_program = (torch.compile(f, fullgraph=True, **how) for f in (begin, some_layers, end))
     parts = [slice(i, i + TOGETHER) for i in range(0, len(lm.model.layers), TOGETHER)]
     layers = [lm.model.layers[part] for part in parts]
@@ -99,10 +101,14 @@ def compile_step(lm, cache):
         cache.pos += 1
         return logits
 
+    if cache.pos == cache.max_len:
+        return step                                                 # there is nothing to decode
+    start = cache.pos
     try:
-        step(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        for cache.pos in (start, cache.max_len - 1):                # a span that ends with the cache is laid out differently
+            step(torch.zeros(1, 1, dtype=torch.int64, device=device))
     except Exception as error:                                      # torch's many kinds of error share no class of their own
         reason = show(str(error).strip().split("\n")[0], 160)
         raise ValueError(f"--compile: torch.compile fails here ({reason}); install a C++ compiler such as g++, or leave it out") from None
-    cache.pos -= 1                                                  # the first real token overwrites what this one left
+    cache.pos, span = start, 0                                      # the real tokens overwrite what these left
     return step

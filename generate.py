@@ -39,7 +39,7 @@ def parse_arguments(arguments=None):
     add("--slot-fast", action=argparse.BooleanOptionalAction, default=True,
         help="closed-form gradient (default), or the readable loop")
     add("--slot-memory", type=number(float, 0, above=True), default=1.0, metavar="GIB", help="extra memory for SLOT (default 1)")
-    add("--compile", action="store_true", help="decode by a compiled program: faster after some ten seconds (needs a C++ compiler)")
+    add("--compile", action="store_true", help="decode by a compiled program: faster, after up to a minute of compiling the first time (needs a C++ compiler)")
     add("--compare", action="store_true", help="print the plain answer and SLOT's (3 steps unless --slot-steps says otherwise)")
     add("--max-new-tokens", type=number(int, 1, 1 << 30), metavar="N", help=f"at most N new tokens (default {DEFAULT_NEW_TOKENS})")
     add("--temperature", type=number(float, 0), default=0.0, metavar="T", help="0 takes the likeliest token (default)")
@@ -78,8 +78,8 @@ from tokenizer import load_tokenizer
 def generate(lm, tokens, max_new_tokens, **options):
     """Answer one prompt: tokens, a list of ids or a tensor (T,) or (1, T) -> yields the new ids as they come.
 
-    options are those of `prefill` and `decode`: slot_steps, slot_lr, temperature, seed, eos_ids, ... The last id may be one of
-    eos_ids. The prompt goes through the decoder once: its hidden states serve δ and its keys and values serve decoding.
+    options are those of `generate_batch` and `decode`: slot_steps, slot_lr, temperature, seed, eos_ids, ... The last id may be
+    one of eos_ids. The prompt goes through the decoder once: its hidden states serve δ and its keys and values serve decoding.
     """
     tokens = tokens.flatten().tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
     for ids in generate_batch(lm, [tokens], max_new_tokens, **options):
@@ -89,7 +89,8 @@ def generate(lm, tokens, max_new_tokens, **options):
 def generate_batch(lm, prompts, max_new_tokens, slot_steps=0, slot_lr=0.01, slot_fast=True, slot_memory=1 << 30, compiled=False,
                    **sampling):
     """Answer several prompts, lists of ids: yields, token after token, a list with the new id of every prompt, or None once that
-    prompt's answer has ended. One δ each: every prompt gets what it gets alone."""
+    prompt's answer has ended. One δ each: every prompt gets what it gets alone. slot_memory: bytes. compiled: decode by
+    compiled.py, a single prompt only (ValueError)."""
     hidden, tokens, mask, cache = prefill(lm, prompts, max_new_tokens)
     bias, _ = slot_bias(lm, hidden, tokens, mask, slot_steps, slot_lr, slot_fast, slot_memory)
     step = compile_step(lm, cache) if compiled else None
@@ -230,7 +231,7 @@ def main(args):
 
     step = None
     if args.compile:
-        say("compile   the first time for a model this takes half a minute ...")
+        say("compile   up to a minute the first time for a model, then seconds ...")
         began, step = time.perf_counter(), compile_step(lm, cache)
         say(f"compile   {time.perf_counter() - began:.1f} s")
     options = dict(step=step, eos_ids=tokenizer.eos_ids, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,

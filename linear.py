@@ -1,7 +1,7 @@
 """y = x Wᵀ, and what it takes to do that at the machine's speed on a CPU.
 
 A reader of the model needs the class only: it is F.linear. The functions below it are the one place where the project
-works around torch's choice of kernels; benchmark.py shows what they bring. On GPUs all of them are F.linear.
+works around torch's choice of kernels; benchmark.py shows what they bring. On a GPU every product of the model is F.linear.
 """
 import torch
 import torch.nn as nn
@@ -20,7 +20,7 @@ class Linear(nn.Module):
     def forward(self, x):
         weight, bias, (*shape, inputs) = self.weight, self.bias, x.shape
         rows = x.reshape(-1, inputs)            # flat: of a slice like hidden[:, :-1] torch would copy W first, once a sample
-        if self.words is not None and torch.compiler.is_compiling():
+        if self.words is not None and len(rows) == 1 and torch.compiler.is_compiling():
             y = one_row_compiled(rows, self.words, bias)
         else:
             y = (linear_cpu if x.is_cpu else F.linear)(rows, weight, bias)
@@ -39,9 +39,10 @@ def linear_cpu(x, weight, bias):
     One row: decoding, and SLOT's W δ. Reading the weight is all the work; `one_row`.
     Many rows (prefill) in float32: torch asks MKL, oneDNN is faster; `many_rows`. In 16 bits without hardware support, a product
     runs 5 to 10 times slower than one in float32. So float32 it is, without a second copy of W; `by_way_of_float32`.
+    F.linear serves the rest: 2 to 4 rows of 16 bits, training, and 16 bits on hardware that multiplies them.
     """
     rows = len(x)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)):
         return OneRow.apply(x, weight, bias) if rows == 1 and not weight.requires_grad else F.linear(x, weight, bias)
     if rows == 1:
         return one_row(x, weight, bias)
@@ -79,7 +80,7 @@ def by_way_of_float32(x, weight, bias, dtype):
     for i in range(0, len(weight), size):
         part = weight[i:i + size]
         part = block[:len(part)].copy_(part)
-        # oneDNN packs the right-hand matrix before it multiplies: let that be the smaller one
+        # oneDNN packs the right-hand matrix before it multiplies: that of x is the cheaper one up to some 512 rows
         y = many_rows(part, x).T if len(x) < 512 else many_rows(x, part)    # (rows, size)
         out[:, i:i + size] = y if bias is None else y.add_(bias[i:i + size])
     return out
@@ -104,17 +105,19 @@ def one_row(x, weight, bias=None):
 
 
 def weight_words(weight):
-    """What `one_row_compiled` reads: of bfloat16 two neighbours as one 32-bit integer, (outputs, inputs/2), else W itself."""
+    """What `one_row_compiled` reads: of bfloat16 two neighbours as one 32-bit integer, (outputs, inputs/2), else W itself. No copy,
+    unless W begins at an odd place in its file."""
     if weight.dtype != torch.bfloat16 or weight.shape[1] % 2:
         return weight.data
     return (weight.data if weight.storage_offset() % 2 == 0 else weight.data.clone()).view(torch.int32)
 
 
 def one_row_compiled(x, words, bias):
-    """`one_row` in a form that torch.compile turns into one loop over W (see compiled.py), in and to float32 -> (1, outputs).
+    """`one_row` in a form that torch.compile turns into one loop over W (see compiled.py), computed and returned in float32
+    -> (1, outputs).
 
-    A bfloat16 number is the upper half of a float32. So of two neighbours in one 32-bit word, shifting it up leaves the first, and
-    masking it the second: a third of the instructions of a conversion, and with them the loop keeps up with memory.
+    A bfloat16 number is the upper half of a float32. So of two neighbours in one 32-bit word, the first in its lower half
+    (little-endian), shifting it up leaves the first, and masking it the second: a third of the instructions of a conversion, and with them the loop keeps up with memory.
     Where x is too long for the first cache, four rows of W at a time share what is read of it; in float32 that always pays."""
     x = x.float()
     parts = words.chunk(4 if words.dtype == torch.float32 or x.shape[1] >= 8192 else 1)

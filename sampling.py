@@ -10,7 +10,9 @@ import torch
 
 
 def choose(lm, logits, temperature, top_k, top_p, draws):
-    """logits (rows, V) float32 -> one id a row: the likeliest, or drawn from softmax(logits / temperature), cut to top_k, top_p."""
+    """logits (rows, V) float32 -> one id a row: the likeliest, or drawn from softmax(logits / temperature), cut to top_k, top_p.
+
+    draws: a torch.Generator for every row. Raises ValueError for logits that are not finite, naming the weight of lm that is not."""
     best, ids = logits.max(-1)
     if not torch.isfinite(logits).all():
         bad = next((name for name, p in lm.named_parameters() if not p.isfinite().all()), None)

@@ -97,8 +97,9 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
     """Fit δ to each prompt: the same arguments and numbers as `optimize_delta`, without autograd.
 
     `lm_head` is read as a matrix: what counts of it is `lm_head.weight`, without a bias. In 16 bits the two forms agree up to
-    the rounding of W h. `memory`: bound in bytes on what is kept and made on the way. If E, below, does not fit for all positions,
-    z is kept instead, which takes half of that where it has 16 bits; and where that does not fit, W h is made again in every step.
+    the rounding of W h. `memory`: bound in bytes on what is kept and made on the way, a copy of hidden aside. If E, below, does not
+    fit for all positions, z is kept instead, which takes half of that where it has 16 bits; and where that does not fit, W h is
+    made again in every step.
 
     The gradient of (2) in closed form. Let z = W h and E = exp(z - max z) (n, V), once before the loop. In every step
         b = W δ,  c = exp(b - max b)        (V,)    the constant that δ adds to all logits
@@ -116,7 +117,8 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
     (B, _, d), V, weight = hidden.shape, lm_head.weight.shape[0], lm_head.weight
     rows = max(1, memory // (32 * V))           # positions at a time: their logits in float32 take an eighth of memory
     samples = [(i, hidden[i, :-1][targets[i] != -100], targets[i][targets[i] != -100]) for i in range(B)]
-    budget = int(KEPT * memory) if steps > 1 else 0                             # a single step has no use for what is kept
+    # A single step has no use for what is kept. Some eight vectors (B, V) are alive at a time.
+    budget = int(KEPT * memory) - 8 * 4 * B * V if steps > 1 else 0
     keep_E = 4 * V * sum(len(x) for _, _, x in samples) <= budget               # else z, of as many positions as can be
     blocks, y = [], torch.zeros(B, V, device=hidden.device)                     # y (B, V)
     for i, all_h, all_x in samples:
@@ -141,7 +143,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
             p = torch.zeros_like(b)                                             # (B, V)
             for i, h, x, kept, top, above in blocks:
                 if kept is None or wide:
-                    kept = product(h, weight) + b[i] if wide else product(h, weight)
+                    kept = product(h, weight).float().add_(b[i]) if wide else product(h, weight)
                     top, above = against_top(kept, x)
                 if not wide:
                     above = above + top_b[i] - b[i][x]
@@ -161,6 +163,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
 
     delta, losses, widest = fit(wide=False)
     if not widest < 60:                                                         # so written that NaN counts as wide
+        blocks = [(i, h, x, None, None, None) for i, h, x, *_ in blocks]        # what was kept makes room
         delta, losses, _ = fit(wide=True)
     return delta, losses
 
@@ -172,9 +175,10 @@ def against_top(z, x):
 
 
 def exponentials(z, top):
-    """exp(z - top) for logits z (r, V) and top (r, 1): yields (some rows, V) float32, so few that they stay in a CPU's cache."""
-    few = max(1, (1 << 20) // z.shape[1]) if z.is_cpu else len(z)
-    room = torch.empty(min(few, len(z)), z.shape[1], device=z.device)       # every piece in the place of the one before
+    """exp(z - top) for logits z (r, V) and top (r, 1): yields (some rows, V) float32, every piece in the place of the one before, which
+    is overwritten. On a CPU a piece stays in the cache until it has been used."""
+    few = max(1, (1 << (20 if z.is_cpu else 24)) // z.shape[1])
+    room = torch.empty(min(few, len(z)), z.shape[1], device=z.device)
     for z, top in zip(z.split(few), top.split(few)):
         yield room[:len(z)].copy_(z).sub_(top).exp_()
 

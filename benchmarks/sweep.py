@@ -48,8 +48,9 @@ def terms(n, steps, V, d, B, dtype, rates):
         return {"W h": 0.0, "head": 0.0, "E": 0.0, "W h again": 0.0}
     rows = n * B
     z = dtype.itemsize if NATIVE_GEMM.get(dtype) else 4                                          # bytes of an entry of W h
-    room, E = int(KEPT * MEMORY), 2 * 4 * rows * V                                              # E is read twice, z once
-    kept, seen = (rows, E) if 4 * rows * V <= room else (min(rows, room // (z * V)), z * rows * V)
+    room = int(KEPT * MEMORY) - 8 * 4 * B * V if steps > 1 else 0
+    kept = rows if 4 * rows * V <= room else min(rows, room // (z * V))
+    seen = (2 * 4 if 4 * rows * V <= room else z) * kept * V                                    # E is read twice, z once
     product = max(2 * rows * V * d / rates.multiply(dtype), dtype.itemsize * V * d / rates.read)
     return {"W h": product, "head": steps * (1 + B) * dtype.itemsize * V * d / rates.read,      # Wᵀ r goes sample by sample
             "E": steps * seen / rates.read, "W h again": (steps - 1) * product * (1 - kept / rows)}
@@ -146,17 +147,24 @@ def plot(file, found):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(SWEEPS), figsize=(4 * len(SWEEPS), 3.4), sharey=True)
-    for axis, name in zip(axes, SWEEPS):
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6.5), sharey=True)
+    for axis, name in zip(axes.flat, SWEEPS):
         points = [p for p in found if p["sweep"] == name and p["steps"]]
         x = [p["value"] for p in points]
         axis.loglog(x, [1e3 * median(p["seconds"]) for p in points], "o-", label="measured")
-        axis.loglog(x, [1e3 * p["limit"] for p in points], "--", label="limit")
-        for term in ("W h", "head", "E"):
-            axis.loglog(x, [1e3 * p["terms"][term] for p in points], ":", label=f"limit of {term}")
-        axis.set(title=name, xlabel=SWEEPS[name][0])
+        axis.loglog(x, [1e3 * p["limit"] for p in points], "--", label="limit: the sum of")
+        for term, what in {"W h": "W h, once", "head": "W δ and Wᵀ r, in every step", "E": "E, or W h where it is kept, read in every step",
+                           "W h again": "W h again, where it is not kept"}.items():
+            axis.loglog(x, [1e3 * p["terms"][term] or None for p in points], ".:", label=what)
+        axis.set_title(name + "".join(f" ({k} = {v:,})" for k, v in SWEEPS[name][2].items()), fontsize=10)
+        axis.set_xticks(x, [f"{value:,}" for value in x], fontsize=7, rotation=45, ha="right", rotation_mode="anchor")
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("ms a call")
-    axes[0].legend(fontsize=7)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("ms a call")
+    axes.flat[-1].axis("off")
+    key = axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc="center", fontsize=8, title_fontsize=8,
+                               title="SLOT, " + ", ".join(f"{k} = {v:,}" for k, v in BASE.items()))
+    key.set_in_layout(False)                                        # wider than a panel
     figure.tight_layout()
     figure.savefig(file, dpi=120)

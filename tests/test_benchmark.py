@@ -94,7 +94,7 @@ def test_sweep_terms_and_paper(capsys):
     n = MEMORY // 50                                                        # MEMORY holds a quarter of these rows in float32
     again = terms(n=n, steps=3, V=50, d=4, B=1, dtype=torch.float32, rates=Hand())
     assert again["W h again"] / again["W h"] == pytest.approx(2 * (1 - KEPT / 4), rel=1e-4)
-    assert again["E"] == 3 * 4 * n * 50 / 10
+    assert again["E"] == pytest.approx(3 * KEPT * MEMORY / 10, rel=1e-4)          # z of what is kept, read once a step
     assert line([(1, 5.0), (2, 7.0), (4, 11.0)]) == pytest.approx((2, 3))
     rows = on_paper(Hand(), torch.float32)
     assert [row["shape"] for row in rows] == ["0.5b", "1.5b", "7b", "70b"]

@@ -245,6 +245,15 @@ def test_transposed_products(dtype, outputs):
                 layer.weight.grad = layer.bias.grad = None
 
 
+def test_a_bias_alone_can_be_trained():
+    """As in BitFit: the weight is frozen, its bias is not."""
+    for rows in (1, 3):
+        layer = linear.Linear(4, 5, bias=True)
+        layer.weight.requires_grad_(False).zero_()
+        layer(torch.ones(rows, 4)).sum().backward()
+        assert layer.bias.grad.tolist() == [rows] * 5
+
+
 def test_a_slice_is_multiplied_without_a_copy_of_the_weight():
     """hidden[:, :-1], which SLOT takes, is a case in which torch would copy the whole weight, once for every sample."""
     layer = linear.Linear(64, 1 << 16).requires_grad_(False)

@@ -9,7 +9,9 @@ different method, is what the tolerances on δ leave room for. Measured here: 8e
 allowed, 5e-6 against float64 where 2e-5 is.
 """
 import functools
+import math
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import linear
 from linear import Linear
 from load_weights import load_model
 from model import KVCache
@@ -194,9 +197,11 @@ def test_gradient_of_the_fast_form(scale, monkeypatch):
         assert off_finite < 1e-4, f"step {step}: gradient differs from finite differences by {off_finite:.1e} of its size"
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-4)])
-def test_small_memory_same_numbers(dtype, tolerance):
+def test_small_memory_same_numbers(dtype, tolerance, native, monkeypatch):
     """With room for E of all positions; for z of some; for nothing: slower, but the same δ and losses."""
+    monkeypatch.setitem(linear.NATIVE_GEMM, dtype, native)
     hidden, tokens, head = random_case(33, 150, 24, B=2)
     hidden, head = hidden.to(dtype), head.to(dtype)
     delta, losses = optimize_delta_fast(hidden, tokens, head, 5, 0.1)
@@ -204,6 +209,33 @@ def test_small_memory_same_numbers(dtype, tolerance):
         blocked, blocked_losses = optimize_delta_fast(hidden, tokens, head, 5, 0.1, memory=memory)
         off, off_loss = (blocked - delta).abs().max().item(), (blocked_losses - losses).abs().max().item()
         assert off < tolerance and off_loss < tolerance, f"memory={memory}: delta differs by {off:.1e}, losses by {off_loss:.1e}"
+
+
+@pytest.mark.parametrize("lr", [0.1, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_a_bound(dtype, lr, monkeypatch):
+    """Products W h that are alive at a time, and what is made of them, stay below `memory`; as many as fit are kept. At the large
+    lr b spreads so far that the steps are repeated without what was kept."""
+    n, V, B, steps = 300, 2000, 2, 4
+    hidden, tokens, head = random_case(n + 1, V, 16, B=B)
+    hidden, head = hidden.to(dtype), head.to(dtype)
+    alive, most, calls = [], 0, 0
+
+    def product(h, weight):
+        nonlocal alive, most, calls
+        z = linear.product(h, weight)
+        alive, calls = [ref for ref in alive if ref() is not None] + [weakref.ref(z)], calls + 1
+        most = max(most, sum(ref().nbytes for ref in alive))
+        return z
+
+    monkeypatch.setattr(slot, "product", product)
+    memory = 4 * V * n * B // 3                                     # E of a third
+    rows = memory // (32 * V)
+    blocks = B * math.ceil(n / rows)
+    optimize_delta_fast(hidden, tokens, head, steps, lr, memory=memory)
+    assert most < memory, f"{most} bytes of {memory}"
+    passes = 1 if lr < 1 else 2
+    assert (passes - 1) * steps * blocks + blocks < calls < passes * steps * blocks, f"{calls} products of {blocks} blocks"
 
 
 @both_forms
