@@ -103,12 +103,15 @@ def compile_step(lm, cache):
 
     if cache.pos == cache.max_len:
         return step                                                 # there is nothing to decode
-    start = cache.pos
+    start, token = cache.pos, torch.zeros(1, 1, dtype=torch.int64, device=device)
     try:
-        for cache.pos in (start, cache.max_len - 1):                # a span that ends with the cache is laid out differently
-            step(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        step(token)
+        if span < cache.max_len:                                    # a span that ends with the cache is laid out differently
+            cache.pos = cache.max_len - 1
+            step(token)
+            span = 0
     except Exception as error:                                      # torch's many kinds of error share no class of their own
         reason = show(str(error).strip().split("\n")[0], 160)
         raise ValueError(f"--compile: torch.compile fails here ({reason}); install a C++ compiler such as g++, or leave it out") from None
-    cache.pos, span = start, 0                                      # the real tokens overwrite what these left
+    cache.pos = start                                               # the real tokens overwrite what these left
     return step

@@ -39,7 +39,8 @@ def parse_arguments(arguments=None):
     add("--slot-fast", action=argparse.BooleanOptionalAction, default=True,
         help="closed-form gradient (default), or the readable loop")
     add("--slot-memory", type=number(float, 0, above=True), default=1.0, metavar="GIB", help="extra memory for SLOT (default 1)")
-    add("--compile", action="store_true", help="decode by a compiled program: faster, after up to a minute of compiling the first time (needs a C++ compiler)")
+    add("--compile", action="store_true", help="decode by a compiled program: faster, after up to a minute of compiling the first "
+        "time (needs a C++ compiler)")
     add("--compare", action="store_true", help="print the plain answer and SLOT's (3 steps unless --slot-steps says otherwise)")
     add("--max-new-tokens", type=number(int, 1, 1 << 30), metavar="N", help=f"at most N new tokens (default {DEFAULT_NEW_TOKENS})")
     add("--temperature", type=number(float, 0), default=0.0, metavar="T", help="0 takes the likeliest token (default)")

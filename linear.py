@@ -117,7 +117,8 @@ def one_row_compiled(x, words, bias):
     -> (1, outputs).
 
     A bfloat16 number is the upper half of a float32. So of two neighbours in one 32-bit word, the first in its lower half
-    (little-endian), shifting it up leaves the first, and masking it the second: a third of the instructions of a conversion, and with them the loop keeps up with memory.
+    (little-endian), shifting it up leaves the first, and masking it the second: a third of the instructions of a conversion, and
+    with them the loop keeps up with memory.
     Where x is too long for the first cache, four rows of W at a time share what is read of it; in float32 that always pays."""
     x = x.float()
     parts = words.chunk(4 if words.dtype == torch.float32 or x.shape[1] >= 8192 else 1)

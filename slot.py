@@ -117,8 +117,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
     (B, _, d), V, weight = hidden.shape, lm_head.weight.shape[0], lm_head.weight
     rows = max(1, memory // (32 * V))           # positions at a time: their logits in float32 take an eighth of memory
     samples = [(i, hidden[i, :-1][targets[i] != -100], targets[i][targets[i] != -100]) for i in range(B)]
-    # A single step has no use for what is kept. Some eight vectors (B, V) are alive at a time.
-    budget = int(KEPT * memory) - 8 * 4 * B * V if steps > 1 else 0
+    budget = room_to_keep(memory, steps, B, V)
     keep_E = 4 * V * sum(len(x) for _, _, x in samples) <= budget               # else z, of as many positions as can be
     blocks, y = [], torch.zeros(B, V, device=hidden.device)                     # y (B, V)
     for i, all_h, all_x in samples:
@@ -142,7 +141,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
             c = torch.ones_like(b) if wide else (b - top_b).exp_()              # (B, V)
             p = torch.zeros_like(b)                                             # (B, V)
             for i, h, x, kept, top, above in blocks:
-                if kept is None or wide:
+                if kept is None:
                     kept = product(h, weight).float().add_(b[i]) if wide else product(h, weight)
                     top, above = against_top(kept, x)
                 if not wide:
@@ -168,6 +167,11 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, mask=None, memory=1 
     return delta, losses
 
 
+def room_to_keep(memory, steps, B, V):
+    """-> bytes of `memory` for E or z. A single step has no use for them; some eight vectors (B, V) are alive at a time."""
+    return int(KEPT * memory) - 8 * 4 * B * V if steps > 1 else 0
+
+
 def against_top(z, x):
     """Logits z (r, V) and the true next tokens x (r,) -> max z (r, 1) and max z - z[x] (r,), float32."""
     top = z.amax(1, keepdim=True).float()
@@ -175,8 +179,8 @@ def against_top(z, x):
 
 
 def exponentials(z, top):
-    """exp(z - top) for logits z (r, V) and top (r, 1): yields (some rows, V) float32, every piece in the place of the one before, which
-    is overwritten. On a CPU a piece stays in the cache until it has been used."""
+    """exp(z - top) for logits z (r, V) and top (r, 1): yields (some rows, V) float32, every piece in the place of the one
+    before, which is overwritten. On a CPU a piece stays in the cache until it has been used."""
     few = max(1, (1 << (20 if z.is_cpu else 24)) // z.shape[1])
     room = torch.empty(min(few, len(z)), z.shape[1], device=z.device)
     for z, top in zip(z.split(few), top.split(few)):

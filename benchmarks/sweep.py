@@ -17,7 +17,7 @@ import torch
 from benchmarks.machine import Rates
 from benchmarks.random_model import SHAPES, config_of, weight_shapes
 from linear import NATIVE_GEMM, Linear
-from slot import KEPT, optimize_delta_fast
+from slot import optimize_delta_fast, room_to_keep
 
 MEMORY = 1 << 30                # of generate.py --slot-memory
 LONG = 8192                     # tokens: measured once, in a process of its own, with its memory
@@ -48,9 +48,10 @@ def terms(n, steps, V, d, B, dtype, rates):
         return {"W h": 0.0, "head": 0.0, "E": 0.0, "W h again": 0.0}
     rows = n * B
     z = dtype.itemsize if NATIVE_GEMM.get(dtype) else 4                                          # bytes of an entry of W h
-    room = int(KEPT * MEMORY) - 8 * 4 * B * V if steps > 1 else 0
-    kept = rows if 4 * rows * V <= room else min(rows, room // (z * V))
-    seen = (2 * 4 if 4 * rows * V <= room else z) * kept * V                                    # E is read twice, z once
+    room = room_to_keep(MEMORY, steps, B, V)
+    keep_E = 4 * rows * V <= room
+    kept = rows if keep_E else min(rows, room // (z * V))
+    seen = (2 * 4 if keep_E else z) * kept * V                                                  # E is read twice, z once
     product = max(2 * rows * V * d / rates.multiply(dtype), dtype.itemsize * V * d / rates.read)
     return {"W h": product, "head": steps * (1 + B) * dtype.itemsize * V * d / rates.read,      # Wᵀ r goes sample by sample
             "E": steps * seen / rates.read, "W h again": (steps - 1) * product * (1 - kept / rows)}

@@ -136,7 +136,7 @@ MUTATIONS = [
     ("compiled: every part of the layers with the first part's cache", "compiled.py", "position, keys[part], values[part])",
      "position, keys[parts[0]], values[parts[0]])", COMPILED, RED),
     ("compiled: the span never grows", "compiled.py", "if cache.pos >= span:", "if not span:", COMPILED, RED),
-    ("compiled: compiling moves the cache on", "compiled.py", "    cache.pos, span = start, 0 ", "    span = 0 ", COMPILED, RED),
+    ("compiled: compiling moves the cache on", "compiled.py", "    cache.pos = start ", "    pass ", COMPILED, RED),
     ("compiled: the halves of a pair swapped", "linear.py", "x[:, 0::2].contiguous()", "x[:, 1::2].contiguous()", COMPILED, RED),
     # --- linear.py
     ("the last rows of W left out of the gradient", "linear.py", "return sums + r[:, most:].float() @ weight[most:].float()", "return sums", MODEL, RED),

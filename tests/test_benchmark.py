@@ -83,7 +83,8 @@ def test_the_published_loop_is_the_method():
 def test_sweep_terms_and_paper(capsys):
     """The model of the cost, at numbers that can be done by hand."""
     from benchmarks.machine import Rates
-    from benchmarks.sweep import KEPT, MEMORY, line, on_paper, terms
+    from benchmarks.sweep import MEMORY, line, on_paper, terms
+    from slot import KEPT
 
     class Hand(Rates):
         def __init__(self):
