@@ -42,6 +42,12 @@ def regular_file(path):
     return path
 
 
+def cache_folder():
+    """Where programs keep what can be made again: XDG_CACHE_HOME, else ~/.cache."""
+    home = os.path.expanduser("~")                                  # stays "~" for an unknown user
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"))
+
+
 def foreign(head):
     """What a file really is that begins with these bytes and is not what its name says, or None."""
     for what, begins in (("a Git LFS pointer; run `git lfs pull` or download it again", rb"version https://git-lfs"),
