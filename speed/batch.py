@@ -1,0 +1,107 @@
+"""Many prompts at once: each gets what it gets alone, sooner: weights are read once for all.
+
+    prefill   every prompt goes through the decoder by itself, as in slot.py, so that no padding and
+              no other prompt is ever near it; its keys and values move into one common cache
+    fit       every prompt's own hidden states, handed to `optimize_delta` alone: one δ per prompt
+    decode    one token of every prompt in each forward pass; prompts that have ended leave
+
+    prompt 1    a  b  c  d | x  y  z        the cache: shorter prompts stand to the right, so that
+    prompt 2    .  .  e  f | u  v           all write the same column next; `mask` hides the dots
+
+Letters: B prompts, T tokens of one of them, d width, V vocabulary.
+"""
+import torch
+
+import slot
+from model import KVCache
+
+
+@torch.no_grad()
+def prefill(lm, prompts, max_new_tokens):
+    """prompts: B lists of ids -> their hidden states, a list of (1, T, d), and one cache for all,
+    with room for max_new_tokens. ValueError as from slot.prefill."""
+    W, longest = lm.lm_head.weight, max(map(len, prompts))
+    cache = KVCache(lm.config, len(prompts), longest + max_new_tokens, W.device, W.dtype)
+    cache.pos = longest
+    if min(map(len, prompts)) < longest:
+        cache.mask = torch.ones(len(prompts), cache.max_len, dtype=torch.bool, device=W.device)
+    hiddens = []
+    for row, tokens in enumerate(prompts):
+        hidden, alone = slot.prefill(lm, tokens, max_new_tokens)
+        begin = longest - len(tokens)
+        cache.k[:, row, :, begin:longest] = alone.k[:, 0, :, :len(tokens)]
+        cache.v[:, row, :, begin:longest] = alone.v[:, 0, :, :len(tokens)]
+        if cache.mask is not None:
+            cache.mask[row, :begin] = False
+        hiddens.append(hidden)
+    return hiddens, cache
+
+
+@torch.no_grad()
+def decode(lm, hiddens, cache, max_new_tokens, deltas=None, choose=slot.likeliest, eos_ids=()):
+    """Answer B prefilled prompts: yields, a token at a time, a list with an id for each prompt, or
+    None once its answer has ended. As in slot.decode the end id is not yielded.
+
+    deltas: B tensors (1, 1, d), or None, the plain model. choose: a function from logits (V,) to an
+    id, or a list of them, one for each prompt.
+    """
+    W, B = lm.lm_head.weight, len(hiddens)
+    hidden = torch.cat([each[:, -1:] for each in hiddens])                      # (B, 1, d)
+    if deltas is not None:
+        W_delta = lm.lm_head(torch.cat(deltas).to(W.dtype)).float()             # (B, 1, V)
+    rows = list(range(B))                           # the prompts that are still being answered
+    for count in range(max_new_tokens):
+        if count > 0:
+            new = torch.tensor([[ids[row]] for row in rows], device=W.device)
+            hidden = lm.model(new, cache)                                       # (rows, 1, d)
+        logits = lm.lm_head(hidden).float()                                     # (rows, 1, V)
+        if deltas is not None:
+            logits = slot.steer(logits, W_delta)
+        if not logits.isfinite().all():
+            raise ValueError(f"the logits are not finite: a weight is not, or {W.dtype} overflows")
+
+        # choose, and let the prompts go whose answer ends here
+        ids = [None] * B
+        for row, id in zip(rows, chosen(logits[:, 0], rows, choose)):
+            if id not in eos_ids:
+                ids[row] = id
+        alive = [place for place, row in enumerate(rows) if ids[row] is not None]
+        if not alive:
+            return
+        if len(alive) < len(rows):
+            rows = [rows[place] for place in alive]
+            keep_rows(cache, alive)
+            if deltas is not None:
+                W_delta = W_delta[alive]
+        yield ids
+
+
+def chosen(logits, rows, choose):
+    """logits (rows, V) -> an id for each row."""
+    if choose is slot.likeliest:
+        return logits.argmax(-1).tolist()
+    if callable(choose):
+        return [choose(each) for each in logits]
+    return [choose[row](each) for row, each in zip(rows, logits)]
+
+
+def keep_rows(cache, rows):
+    """Go on with these rows of the batch only."""
+    cache.k, cache.v = cache.k[:, rows], cache.v[:, rows]
+    if cache.mask is not None:
+        cache.mask = cache.mask[rows]
+
+
+def generate_batch(lm, prompts, max_new_tokens, steps=0, lr=0.01, choose=slot.likeliest, eos_ids=(),
+                   optimize=None):
+    """Answer several prompts, lists of ids: yields what `decode` yields. optimize: another function
+    in the place of slot.optimize_delta, with its arguments."""
+    optimize = optimize or slot.optimize_delta
+    hiddens, cache = prefill(lm, prompts, max_new_tokens)
+    deltas = None
+    if steps > 0:
+        deltas = []
+        for hidden, tokens in zip(hiddens, prompts):
+            delta, _ = optimize(hidden, tokens, lm.lm_head, steps, lr)
+            deltas.append(delta)
+    yield from decode(lm, hiddens, cache, max_new_tokens, deltas, choose, eos_ids)
