@@ -1,29 +1,34 @@
-"""What the commands share: options checked as they are parsed, one line for every error, a clean end on every signal.
+"""What the commands share: options checked as they are parsed, one line for every error, a clean
+end on every signal.
 
-A command's file calls `early_signals()` and parses its options before it imports torch, which takes a second: so --help, wrong
-options and Ctrl-C answer at once. The rest runs under `run(main, args)`.
+A command's file calls `early_signals()` before it imports torch, which takes a second; the rest
+runs under `run(main, args)`.
 """
 import argparse
+import errno
 import math
 import os
+import re
 import signal
 import sys
 import warnings
 from pathlib import Path
 
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
-# To get memory from Linux in pages of 4 KB takes longer than to fill it, and SLOT's (n, V) tensors come and go. torch asks for
-# pages of 2 MB if this is set before it allocates.
+# torch asks Linux for memory in pages of 2 MB if this is set before it allocates: to get pages of
+# 4 KB takes longer than to fill them, and SLOT's (T, V) tensors come and go.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        fail(f"{message} (see --help)", status=2)               # one line instead of the whole usage
+        fail(f"{message} (see --help)", status=2)       # one line instead of the whole usage
 
 
 def fail(message, status=1):
-    """One printable line on stderr, whatever the message holds, and the end. Status 1: bad input; 2: bad options."""
+    """One printable line on stderr, whatever the message holds, and the end.
+    Status 1: bad input; 2: bad options."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
     line = f"{Path(sys.argv[0]).name}: {line}"
     sys.stderr.write((line if len(line) <= 400 else line[:397] + "...") + "\n")
@@ -31,31 +36,38 @@ def fail(message, status=1):
 
 
 def number(kind, low, high=math.inf, above=False):
-    """An argparse type: an int or float in [low, high], or in (low, high] if `above`. NaN and infinity are no numbers here."""
+    """An argparse type: an int or float in [low, high], or in (low, high] if `above`.
+    NaN and infinity are no numbers here."""
     def parse(text):
         try:
             value = kind(text)
             finite = math.isfinite(value)
-        except (ValueError, OverflowError):                     # also 400 digits, which no float can hold
+        except (ValueError, OverflowError):             # also 400 digits, which no float can hold
             value, finite = math.nan, False
         if not finite or not low <= value <= high or (above and value == low):
             what = "an integer" if kind is int else "a number"
-            limit = f" and at most {high:,}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {what} {'above' if above else 'of at least'} {low:,}{limit}")
+            least = "above" if above else "of at least"
+            most = f" and at most {high:,}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {what} {least} {low:,}{most}")
         return value
     return parse
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
 def early_signals():
-    for number in SIGNALS:                                      # Python's own answer while modules load is a traceback
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    """While modules load: Python's own answer is a traceback."""
+    answer_signals(lambda number, frame: os._exit(128 + number))
+
+
+def answer_signals(answer):
+    """What whoever started us has told us to ignore stays ignored: nohup."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, answer)
 
 
 def run(main, args):
-    """main(args), and the end of the process: status 0, 1 after a line that says why, 128 + n after signal n."""
+    """main(args), and the end of the process: status 0, 1 after a line that says why, 128 + n
+    after signal n."""
     arrived = []
 
     def stop(number, frame):
@@ -63,39 +75,39 @@ def run(main, args):
         raise KeyboardInterrupt(number)
 
     def swallowed(what, usual=sys.unraisablehook):
-        if arrived:                                             # came where nothing can be raised, as inside os.fork
+        if arrived:                                     # came where nothing can be raised: os.fork
             os._exit(128 + arrived[0])
         usual(what)
 
-    sys.stdin, sys.stdout, sys.stderr = (                       # None if whoever started us has closed it
-        stream or open(os.devnull, mode) for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))
-    sys.stdout.reconfigure(errors="replace")                    # a terminal that knows no emoji shows "?"
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:                  # whoever started us has closed it
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout.reconfigure(errors="replace")            # a terminal that knows no emoji shows "?"
     sys.unraisablehook = swallowed
     warnings.showwarning = lambda message, *_: print(f"note      {message}", file=sys.stderr)
     status = 0
     try:
         try:
-            for number in SIGNALS:
-                signal.signal(number, stop)
+            answer_signals(stop)
             main(args)
             sys.stdout.flush()
         except BaseException:
-            if arrived:                                         # whatever the signal has become on its way up
+            if arrived:                                 # whatever it has become on its way up
                 raise KeyboardInterrupt from None
             raise
     except KeyboardInterrupt:
         early_signals()
-        status = 128 + (arrived[0] if arrived else 2)
-    except BrokenPipeError:                                     # `| head` has read enough
+        status = 128 + (arrived[0] if arrived else signal.SIGINT)
+    except BrokenPipeError:                             # `| head` has read enough
         pass
     except SystemExit as end:
         status = end.code or 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        # torch reports a lack of memory as a RuntimeError among others; any other of those is a defect of ours: show it all
-        if isinstance(error, RuntimeError) and not any(s in str(error).lower() for s in ("memory", "alloc")):
+        reason = reason_of(error)
+        if reason is None:
             raise
         try:
-            fail(error if not isinstance(error, (MemoryError, RuntimeError)) else f"out of memory: {error or 'no more to be had'}")
+            fail(reason)
         except (SystemExit, BrokenPipeError):
             status = 1
     try:
@@ -103,4 +115,19 @@ def run(main, args):
         sys.stderr.flush()
     except OSError:
         pass
-    os._exit(status)                                            # no second complaint about a closed pipe at shutdown
+    os._exit(status)                                    # no more complaints about a closed pipe
+
+
+def reason_of(error):
+    """Why a command cannot go on, in words; None for a defect of ours, which shows as it is."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.filename or 'standard output'}: {error.strerror}"
+    # torch reports a lack of memory as a RuntimeError, among others.
+    lack = re.search("memory|alloc", text, re.IGNORECASE)
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and lack:
+        wanted = re.search(r"allocate (\d+) bytes", text)
+        if wanted:
+            text = f"{int(wanted[1]) / 2**30:,.2f} GiB more were needed at once"
+        return f"out of memory: {text or 'no more to be had'}"
+    return None if isinstance(error, RuntimeError) else text

@@ -1,4 +1,5 @@
-"""Which folder a name means that is no folder: a hub id, looked up where Hugging Face's tools keep what they fetched."""
+"""Which folder a name means that is no folder: a hub id, looked up where Hugging Face's tools keep
+what they fetched."""
 import os
 import re
 from pathlib import Path
@@ -9,9 +10,10 @@ WANTED = ["*.safetensors", "*.json", "*.jinja"]
 
 
 def find_in_hub(name):
-    """A hub id such as Qwen/Qwen2.5-0.5B-Instruct -> its folder in the cache: HF_HUB_CACHE, HF_HOME/hub
-    or ~/.cache/huggingface/hub, where models--OWNER--NAME/refs/main names the snapshot. What is not
-    there is fetched by huggingface_hub, if that is installed. FileNotFoundError with what to do."""
+    """A hub id such as Qwen/Qwen2.5-0.5B-Instruct -> its folder in the cache: HF_HUB_CACHE,
+    HF_HOME/hub or ~/.cache/huggingface/hub, where models--OWNER--NAME/refs/main names the snapshot.
+    What is not there is fetched by huggingface_hub, if that is installed. FileNotFoundError or
+    ValueError with what to do."""
     if os.path.lexists(name):
         raise ValueError(f"--model {show(Path(name), 160)}: is not a folder; "
                          "give the folder that holds config.json")
@@ -21,11 +23,12 @@ def find_in_hub(name):
                                 "python -m convert, and no hub id like Qwen/Qwen2.5-0.5B-Instruct")
     home = os.environ.get("HF_HOME") or cache_folder() / "huggingface"
     hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    repo = Path(os.path.expanduser(hub or Path(home, "hub"))) / f"models--{name.replace('/', '--')}"
+    cache = Path(os.path.expanduser(hub or Path(home, "hub")))
+    repo = cache / f"models--{name.replace('/', '--')}"
     try:
         commit = read_bytes(repo / "refs" / "main", limit=100).decode().strip()
-    except (OSError, ValueError):                               # missing, empty, a pipe, anything else
-        commit = ""
+    except (OSError, ValueError):                       # missing, empty, a pipe, anything else
+        commit = "none"
     snapshot = repo / "snapshots" / commit
     if re.fullmatch("[0-9a-f]{6,64}", commit) and (snapshot / "config.json").exists():
         return snapshot
@@ -34,8 +37,8 @@ def find_in_hub(name):
         return Path(snapshot_download(name, allow_patterns=WANTED))
     except ImportError:
         patterns = " ".join(f"--include '{pattern}'" for pattern in WANTED)
-        why = (f"not in {show(repo.parent, 80)}; fetch it with: pip install huggingface_hub && "
+        why = (f"not in {show(cache, 80)}; fetch it with: pip install huggingface_hub && "
                f"hf download {show(name, 100)[1:-1]} {patterns}")
-    except Exception as error:                                  # its many kinds of error share no class
+    except Exception as error:                          # its many kinds of error share no class
         why = f"could not be fetched ({show(' '.join(str(error).split()), 160)})"
     raise FileNotFoundError(f"--model {show(name, 100)}: {why}")
