@@ -30,7 +30,9 @@ def fail(message, status=1):
     """One printable line on stderr, whatever the message holds, and the end.
     Status 1: bad input; 2: bad options."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
-    line = f"{Path(sys.argv[0]).name}: {line}"
+    file = Path(sys.argv[0])
+    command = f"python -m {file.parent.name}" if file.name == "__main__.py" else file.name
+    line = f"{command}: {line}"
     sys.stderr.write((line if len(line) <= 400 else line[:397] + "...") + "\n")
     raise SystemExit(status)
 
