@@ -1,0 +1,1 @@
+"""The experiment: does SLOT help? `python -m study` runs it; study/README.md is its protocol."""

@@ -1,0 +1,222 @@
+"""What every setting answers, and how well it predicts the prompt and the reference answer.
+
+Each sample alone: prefill once and read the reference answer behind the prompt, plainly. For every
+setting fit δ, then two losses with W δ on the logits: of the prompt, which δ saw, and of the
+reference, which it did not. Then the batch: for every setting greedy answers from one prefill.
+
+A control asks whether it matters what δ learned:
+    random          a random δ of the same norm
+    wrong-prompt    the δ that was fitted to another prompt of the same kind
+    unigram         no δ, but the logarithm of how often each token occurs in the prompt as a bias
+                    on the logits, of the same norm as W δ: "say what the prompt says", not learned
+
+Letters: T tokens of the prompt, A of the reference answer, d width, V vocabulary.
+"""
+import copy
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+
+import slot
+from study.scoring import flexible, in_format, paper, strict
+from study.settings import PLAIN
+from study.tasks import TASKS
+
+try:
+    import speed.batch
+    import speed.delta
+except ImportError:                         # without speed/ prompts are answered one by one
+    speed = None
+
+KEPT = 1 << 28                              # logits of one text that are kept; pieces of as many
+
+
+class Text:
+    """Tokens whose loss is measured. hidden (n, d): what predicts them; ids: n of them."""
+
+    def __init__(self, lm_head, hidden, ids):
+        self.lm_head, self.count = lm_head, len(ids)
+        rows = max(1, KEPT // len(lm_head.weight))
+        targets = torch.tensor(ids, dtype=torch.int64, device=hidden.device)
+        self.pieces = list(zip(hidden.split(rows), targets.split(rows)))
+        self.kept = lm_head(hidden) if self.count <= rows else None         # W h, for all settings
+
+    def logits(self):
+        """Yields logits (some, V) float32, each time anew, and the tokens (some,) they predict."""
+        for hidden, targets in self.pieces:
+            logits = self.lm_head(hidden) if self.kept is None else self.kept
+            yield logits.to(torch.float32, copy=True), targets
+
+    def loss(self, change):
+        """Mean cross entropy in nats a token, where `change` takes logits to other logits."""
+        total = 0.0
+        for logits, targets in self.logits():
+            losses = F.cross_entropy(change(logits), targets, reduction="none")
+            total += losses.double().sum().item()
+        return total / max(1, self.count)
+
+    def gradient(self):
+        """Of the plain loss with respect to δ at δ = 0, times n: Wᵀ(p - y), (d,) float32.
+        p: the sum of the predicted distributions; y: of what came, one-hot."""
+        weight = self.lm_head.weight
+        residual = torch.zeros(len(weight), device=weight.device)           # p - y (V,)
+        for logits, targets in self.logits():
+            residual += logits.softmax(-1).sum(0)
+            residual -= torch.bincount(targets, minlength=len(weight))
+        parts = zip(residual.split(1 << 14), weight.split(1 << 14))         # small float32 copies
+        return sum(r @ w.float() for r, w in parts)
+
+
+def unigram(ids, like):
+    """log(1 + how often each token occurs in `ids`), (V,), scaled to the norm of `like` (V,). A
+    constant on all logits changes no probability, so both are taken without their mean: what is
+    compared is the part that acts."""
+    log_counts = torch.bincount(torch.tensor(ids), minlength=len(like)).to(like).log1p()
+    log_counts -= log_counts.mean()
+    size = (like - like.mean()).norm()
+    return log_counts * (size / log_counts.norm().clamp(min=1e-30))
+
+
+class Study:
+    """One model and its problems. new: tokens of an answer, at most."""
+
+    def __init__(self, args, lm, tokenizer, problems, new):
+        self.args, self.lm, self.tokenizer = args, lm, tokenizer
+        self.problems, self.new = problems, new
+        self.optimize = speed.delta.optimize_delta_fast if args.slot_fast else slot.optimize_delta
+        kinds = dict.fromkeys(p.kind for p in problems)
+        self.groups = [[i for i, p in enumerate(problems) if p.kind == kind] for kind in kinds]
+        self.partner = {}                                   # sample -> whose δ it takes as wrong
+        for group in self.groups:
+            self.partner |= zip(group, group[1:] + group[:1])
+        self.hiddens, self.fits = {}, {}
+
+    # one sample
+
+    def fit(self, i, steps, lr):
+        """δ (1, 1, d) of sample i, and the seconds that it took; kept for who takes it as wrong."""
+        if (i, steps, lr) not in self.fits:
+            ids = self.problems[i].ids
+            if i not in self.hiddens:
+                self.hiddens[i], _ = slot.prefill(self.lm, ids, 0)
+            began = time.perf_counter()
+            delta, _ = self.optimize(self.hiddens[i].detach(), ids, self.lm.lm_head, steps, lr)
+            self.fits[i, steps, lr] = delta.detach(), time.perf_counter() - began
+        return self.fits[i, steps, lr]
+
+    @torch.no_grad()
+    def effect(self, i, setting):
+        """What a setting does to sample i -> δ (1, 1, d) or None; a bias (V,) or None; seconds."""
+        if setting == PLAIN:
+            return None, None, 0.0
+        source = self.partner[i] if setting.what == "wrong-prompt" else i
+        delta, seconds = self.fit(source, setting.steps, setting.lr)
+        if setting.what == "random":                        # one direction a sample, at every point
+            draw = torch.Generator().manual_seed((self.args.seed << 32) + i)
+            noise = torch.randn(1, 1, delta.shape[-1], generator=draw).to(delta)
+            delta = noise * (delta.norm() / noise.norm())
+        if setting.what == "unigram":
+            return None, unigram(self.problems[i].ids, self.words(delta)), seconds
+        return delta, None, seconds
+
+    def words(self, delta):
+        """W δ, (V,) float32."""
+        head = self.lm.lm_head
+        return head(delta.to(head.weight.dtype)).float().flatten()
+
+    @torch.no_grad()
+    def figures(self, i, settings):
+        """-> {setting: losses, seconds of the fit, and, plainly, the alignment of sample i}."""
+        ids = self.problems[i].ids
+        reference = self.tokenizer.encode(self.problems[i].reference)[:self.new]
+        self.hiddens[i], cache = slot.prefill(self.lm, ids, len(reference))
+        before = self.hiddens[i][:, -1:]                                    # predicts the first
+        if len(reference) > 1:
+            tokens = torch.tensor([reference[:-1]], device=before.device)
+            before = torch.cat((before, self.lm.model(tokens, cache)), dim=1)       # (1, A, d)
+        prompt = Text(self.lm.lm_head, self.hiddens[i][0, :-1], ids[1:])
+        answer = Text(self.lm.lm_head, before[0], reference)
+        found = {}
+        for setting in settings:
+            delta, bias, seconds = self.effect(i, setting)
+            W_delta = None if delta is None else self.words(delta)
+
+            def change(logits):
+                if delta is not None:
+                    return slot.steer(logits, W_delta)
+                return logits if bias is None else logits + bias
+
+            losses = dict(prompt_loss=prompt.loss(change), answer_loss=answer.loss(change))
+            if not all(map(math.isfinite, losses.values())):
+                raise ValueError(f"sample {i}, {setting.name}: a loss is not a finite number; lower "
+                                 "the learning rate")
+            found[setting] = losses | dict(seconds=dict(prefill=0.0, fit=seconds, decode=0.0))
+            if setting == PLAIN:
+                cosine = F.cosine_similarity(prompt.gradient(), answer.gradient(), dim=0)
+                found[setting]["alignment"] = cosine.item()
+        return found
+
+    # a batch
+
+    def measure(self, rows, missing):
+        """rows: samples. missing: {setting: those that lack it} -> yields a result for each."""
+        wanted = {i: [setting for setting in missing if i in missing[setting]] for i in rows}
+        found = {i: self.figures(i, wanted[i]) for i in rows if wanted[i]}
+        self.hiddens.clear()
+        prefilled = None
+        for setting in missing:
+            answers = {}
+            if not self.args.only:
+                prefilled = prefilled or self.prefill(rows)
+                answers, seconds = self.answer(prefilled, rows, setting)
+            for i in missing[setting]:
+                figures = found[i][setting]
+                if answers:
+                    figures["seconds"] |= seconds
+                yield self.result(i, setting, figures, answers.get(i))
+
+    def result(self, i, setting, figures, ids):
+        """One line of results.jsonl. ids: of the answer, None where nothing was decoded."""
+        p, args = self.problems[i], self.args
+        row = dict(sample=i, kind=p.kind, setting=setting.name, prompt=p.question, gold=p.gold)
+        if ids is not None:
+            text = self.tokenizer.decode(ids, skip_special=True)
+            row |= dict(answer=text, strict=strict(text, p.gold, formulas=args.task == "math500"),
+                        flexible=flexible(text, p.gold), paper=paper(text, p.gold),
+                        format=in_format(text, TASKS[args.task]["format"]),
+                        tokens=len(ids) + (len(ids) < self.new))            # with the end token
+        rounded = {part: round(s, 6) for part, s in figures["seconds"].items()}
+        return row | figures | dict(seconds=rounded)
+
+    @torch.no_grad()
+    def prefill(self, rows):
+        """-> hidden states and cache of every row, and the seconds that a row took."""
+        began, prompts = time.perf_counter(), [self.problems[i].ids for i in rows]
+        if speed:
+            hiddens, cache = speed.batch.prefill(self.lm, prompts, self.new)
+        else:
+            hiddens, cache = zip(*[slot.prefill(self.lm, ids, self.new) for ids in prompts])
+        return hiddens, cache, (time.perf_counter() - began) / len(rows)
+
+    def answer(self, prefilled, rows, setting):
+        """Greedy answers -> {sample: ids without the end token}, and the seconds that one took."""
+        hiddens, cache, prefill_seconds = prefilled
+        deltas, biases, _ = zip(*[self.effect(i, setting) for i in rows])
+        chooses = [slot.likeliest if bias is None else
+                   lambda logits, bias=bias: slot.likeliest(logits + bias) for bias in biases]
+        began, end = time.perf_counter(), self.tokenizer.eos_ids
+        # A use of the cache writes behind the prompt, where the next one writes before it reads.
+        if speed:
+            choose = slot.likeliest if biases[0] is None else chooses
+            steps = list(speed.batch.decode(
+                self.lm, hiddens, copy.copy(cache), self.new,
+                None if deltas[0] is None else list(deltas), choose, end))
+            columns = zip(*steps) if steps else [[]] * len(rows)
+            answers = [[id for id in column if id is not None] for column in columns]
+        else:
+            answers = [list(slot.decode(self.lm, hidden, copy.copy(own), self.new, *effect, end))
+                       for hidden, own, *effect in zip(hiddens, cache, deltas, chooses)]
+        seconds = (time.perf_counter() - began) / len(rows)
+        return dict(zip(rows, answers)), dict(prefill=prefill_seconds, decode=seconds)

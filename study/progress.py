@@ -1,0 +1,43 @@
+"""How far a run is: on a terminal one line that is rewritten, elsewhere a line a minute."""
+import shutil
+import sys
+import time
+
+
+class Progress:
+    """settings: their names, in order. samples: how many."""
+
+    def __init__(self, rows, settings, samples):
+        self.samples, self.total, self.done = samples, len(settings) * samples, 0
+        self.verdicts = {name: [] for name in settings}
+        self.began = self.last = time.monotonic()
+        for row in rows:
+            self.count(row)
+        self.first = self.done
+
+    def count(self, row):
+        self.done += 1
+        if "strict" in row:
+            self.verdicts[row["setting"]].append(row["strict"])
+
+    def show(self):
+        terminal, now = sys.stderr.isatty(), time.monotonic()
+        if not terminal and now - self.last < 60:
+            return
+        self.last = now
+        rate = (self.done - self.first) / (now - self.began + 1e-9)         # results a second
+        left = int((self.total - self.done) / rate) if rate else 0
+        line = (f"{self.done * self.samples // self.total}/{self.samples} samples  "
+                f"{rate * self.samples / self.total:.2f}/s  {left // 60}:{left % 60:02} left")
+        shares = [f"{name.removeprefix('slot ')}: {100 * sum(given) / len(given):.0f}"
+                  for name, given in self.verdicts.items()
+                  if given and name.startswith(("plain", "slot"))]
+        if shares:
+            line += "  % right so far  " + "  ".join(shares)
+        if terminal:
+            line = "\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1]
+        print(line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    def end(self):
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,183 @@
+"""DIR/results.jsonl, a line a sample and setting, and what the lines depend on: DIR/arguments.json.
+
+A run that was killed goes on from its lines, so they must be its own: same options, same model,
+same problems, and the same source of the rooms that make the numbers. Whatever is damaged or
+foreign is named in one line, by file and line, and nothing is computed.
+"""
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ("slot.py", "generate.py", "model.py", "load_weights.py", "tokenizer/*.py",
+          "speed/batch.py", "speed/linear.py", "study/measure.py", "study/run.py", "study/tasks.*",
+          "study/scoring.py")
+
+
+def source_digests(fast, slot_file):
+    """{file: digest} of the code that makes the numbers."""
+    patterns = [*SOURCE, "speed/delta.py"] if fast else SOURCE
+    paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    found = {path.relative_to(ROOT).as_posix(): digest(path) for path in paths}
+    return found | ({"--slot-file": digest(slot_file)} if slot_file else {})
+
+
+def model_digests(folder):
+    """{file: digest} of all that a model folder says: weights, config, end ids, template, ..."""
+    paths = [path for path in sorted(Path(folder).iterdir())
+             if path.suffix in (".json", ".jinja", ".safetensors") and path.is_file()]
+    return {path.name: digest(path) for path in paths}
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def write_whole(path, data):
+    """Bytes into a file: all of them, or the file stays as it was. OSError names it."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+class Results:
+    """`rows`: {(sample, setting): result}. One process at a time; without a folder, in memory only.
+
+    kinds: of every sample, in order. settings: their names. decoded: whether answers are written,
+    or only losses. ValueError where the folder holds anything else.
+    """
+
+    def __init__(self, folder, arguments, kinds, settings, decoded=True):
+        self.rows, self.file = {}, None
+        if folder is None:
+            return
+        self.path = folder / "results.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{self.path}: is not a regular file; give another --out")
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self.lock()
+            self.check_arguments(folder / "arguments.json", json.loads(json.dumps(arguments)))
+            self.read(kinds, settings, decoded)
+        except BaseException:
+            self.close()
+            raise
+
+    def lock(self):
+        try:
+            import fcntl
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)   # goes with the process
+        except ImportError:                                         # Windows
+            pass
+        except OSError:
+            raise ValueError(f"{self.path.parent}: another run is writing there; wait for it, or "
+                             "give another --out") from None
+
+    def check_arguments(self, path, arguments):
+        if self.path.stat().st_size == 0:
+            write_whole(path, (json.dumps(arguments, indent=1) + "\n").encode())
+        try:
+            old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except (OSError, ValueError, RecursionError):
+            old = None
+        if not isinstance(old, dict):
+            raise ValueError(f"{path} is missing or damaged, so its results cannot be taken up; "
+                             "give another --out")
+        for name in [*arguments, *old]:
+            if old.get(name) != arguments.get(name):
+                raise ValueError(difference(path.parent, name, old.get(name), arguments.get(name)))
+
+    def read(self, kinds, settings, decoded):
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):                                       # stopped within a line
+            print(f"resume    {self.path}: repaired a torn last line of {len(data) - whole} "
+                  "bytes", file=sys.stderr)
+            os.ftruncate(self.file, whole)
+        places = {}
+        for count, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
+            try:
+                row = json.loads(line)
+                wrong = what_is_wrong(row, kinds, settings, decoded)
+            except (ValueError, RecursionError):
+                wrong = "not JSON"
+            if wrong:
+                raise ValueError(f"{self.path}: line {count} is damaged ({wrong}); delete it, and "
+                                 "its answer is made again")
+            key = row["sample"], row["setting"]
+            if key in places and self.rows[key] | dict(seconds=None) != row | dict(seconds=None):
+                raise ValueError(f"{self.path}: lines {places[key]} and {count} are of one sample "
+                                 "and setting and contradict each other; delete both")
+            places[key], self.rows[key] = count, row
+
+    def add(self, row):
+        self.rows[row["sample"], row["setting"]] = row
+        if self.file is None:
+            return
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        size = os.fstat(self.file).st_size
+        try:
+            written = os.write(self.file, line)                     # one call: whole, or torn
+        except OSError as error:
+            raise OSError(f"{self.path}: cannot be written ({error.strerror})") from None
+        if written != len(line):
+            os.ftruncate(self.file, size)
+            raise OSError(f"{self.path}: the disk is full; make room, and the same command goes on")
+
+    def close(self):
+        if self.file is not None:
+            os.close(self.file)
+
+
+def difference(folder, name, old, new):
+    """One line: why the results in a folder are not those of this run."""
+    what, elsewhere = f"a run with another {name}", f"give another --out, such as --out {folder}-2"
+    if isinstance(old, dict) and isinstance(new, dict):
+        old = ", ".join(key for key in {**old, **new} if old.get(key) != new.get(key))
+        if name == "source":
+            what = "results of other code"
+        return f"{folder} holds {what} ({old} differs); for this one {elsewhere}"
+    return (f"{folder} holds {what} ({str(old)[:60]}, not {str(new)[:60]}); {elsewhere}, or delete "
+            "it")
+
+
+MEASURED = dict(prompt=[str], gold=[str], answer_loss=[float], prompt_loss=[float], seconds=[dict])
+DECODED = dict(answer=[str], tokens=[int], strict=[bool], format=[bool],
+               flexible=[bool, type(None)], paper=[bool, type(None)])
+
+
+def what_is_wrong(row, kinds, settings, decoded):
+    """A few words, or None for a line that a run with these samples and settings writes."""
+    if not isinstance(row, dict):
+        return "not an object"
+    sample, setting = row.get("sample"), row.get("setting")
+    if type(sample) is not int or not 0 <= sample < len(kinds):
+        return "its sample is none of this run"
+    if setting not in settings:
+        return "its setting is none of this run"
+    if row.get("kind") != kinds[sample]:
+        return "its kind is another"
+    fields = MEASURED | (DECODED if decoded else {})
+    if setting == "plain":
+        fields["alignment"] = [float]
+    for name in sorted({*row, *fields} - {"sample", "setting", "kind"}):
+        if not fits(row.get(name), fields.get(name, [])):
+            return f"its {name[:40]!r} is missing, unknown or wrong"
+    if not all(fits(row["seconds"].get(part), [float]) for part in ("prefill", "fit", "decode")):
+        return "its seconds are missing or wrong"
+    return None
+
+
+def fits(value, types):
+    if type(value) is float and not math.isfinite(value) or type(value) is int and value < 0:
+        return False
+    return type(value) in types

@@ -1,0 +1,115 @@
+"""The run: problems in batches, every missing result measured and kept as it comes, the report."""
+import hashlib
+import json
+import sys
+import time
+from importlib import metadata, util
+
+from checks.weights import check_device
+from load_weights import find_model, load_model
+from study import report
+from study.measure import Study
+from study.progress import Progress
+from study.results import Results, model_digests, source_digests
+from study.scoring import paper, strict
+from study.settings import all_settings
+from study.tasks import TASKS, read_problems, tokenized
+from tokenizer import load_tokenizer
+
+
+def main(args):
+    began, loop = time.perf_counter(), f"the loop of {args.slot_file or 'slot.py'}"
+    if args.slot_fast:
+        loop = "closed form"
+    every = read_problems(args)
+    check_device(args.device)
+    if args.task == "math500" and not util.find_spec("math_verify"):
+        raise ValueError("--task math500 needs the authors' own scorer of formulas: pip install "
+                         "'math-verify[antlr4_13_2]'")
+    folder = find_model(args.model)
+    tokenizer = load_tokenizer(folder)
+    lm = load_model(folder, args.device, args.dtype)
+    positions = lm.config.max_position_embeddings
+    new = args.max_new_tokens or max(1, min(TASKS[args.task]["new"], positions // 4))
+    problems, too_long = tokenized(args, every, tokenizer, positions - new)
+    study, settings = Study(args, lm, tokenizer, problems, new), all_settings(args)
+    if "wrong-prompt" in args.control and min(map(len, study.groups)) < 2:
+        raise ValueError("--control wrong-prompt needs two samples of each kind; raise --limit or "
+                         "leave it out")
+
+    names, kinds = [setting.name for setting in settings], [p.kind for p in problems]
+    results = Results(args.out, what_decides(study, folder), kinds, names, not args.only)
+    progress = Progress(results.rows.values(), names, len(kinds))
+    line = f"study     {args.task}: {len(kinds)} samples, {len(names)} settings, {loop}"
+    if args.out:
+        line += f" -> {args.out}"
+    if progress.done:
+        line += f"; {progress.done:,} of {progress.total:,} answers are there already"
+    print(line, file=sys.stderr)
+    work(study, settings, results, progress)
+
+    rows = list(results.rows.values())
+    if args.quick:
+        print(report.quick(args, rows), f"{loop}, {time.perf_counter() - began:.0f} s", sep="\n")
+    if args.out:
+        notes = notes_of(study, every, positions, too_long)
+        print(f"report    {report.write(args, rows, notes)}", file=sys.stderr)
+    results.close()
+
+
+def work(study, settings, results, progress):
+    """Measure what is missing. Always the whole batch, even if a killed run has done part of it: a
+    product over other rows can differ in the last bit, and a run in two pieces must be the run in
+    one piece."""
+    size = 1 if study.args.only else study.args.batch
+    for group in study.groups:
+        for start in range(0, len(group), size):
+            rows, missing = group[start:start + size], {}
+            for setting in settings:
+                left = [i for i in rows if (i, setting.name) not in results.rows]
+                if left:
+                    missing[setting] = left
+            for row in study.measure(rows, missing):
+                results.add(row)
+                progress.count(row)
+                progress.show()
+    progress.end()
+
+
+def what_decides(study, folder):
+    """All that the results depend on; where it differs, it is another run."""
+    args, options = study.args, ("task", "points", "control", "control_points", "only", "limit",
+                                 "skip", "shots", "split", "batch", "seed", "device", "slot_fast")
+    libraries = ["torch"] + ["math-verify"] * (args.task == "math500")
+    asked = hashlib.sha256(json.dumps(study.problems).encode()).hexdigest()[:16]
+    return {name: getattr(args, name) for name in options} | dict(
+        max_new_tokens=study.new, dtype=dtype_of(study.lm), problems=asked,
+        model=model_digests(folder), source=source_digests(args.slot_fast, args.slot_file),
+        libraries={name: metadata.version(name) for name in libraries})
+
+
+def dtype_of(lm):
+    return str(lm.lm_head.weight.dtype).removeprefix("torch.")
+
+
+def notes_of(study, every, positions, too_long):
+    """What the report says first. every: the problems, before some were left out."""
+    args, new, encode = study.args, study.new, study.tokenizer.encode
+    name = "tiny/, the embedded model" if args.embedded else args.model
+    size = sum(p.numel() for p in study.lm.parameters()) / 1e6
+    right = sum(strict(p.reference, p.gold, args.task == "math500") for p in every)
+    theirs = [paper(p.reference, p.gold) for p in every]
+    known = any(verdict is not None for verdict in theirs)
+    notes = [f"Model: {name}, {size:,.2f} M parameters, {dtype_of(study.lm)}, {args.device}. "
+             f"Greedy decoding, at most {new} new tokens; {args.shots} solved problems before each "
+             "question.",
+             f"Scorers on the {len(every):,} reference answers: strict finds {right:,} right, the "
+             f"paper's rule {f'{theirs.count(True):,}.' if known else 'knows no such answers.'}"]
+    if too_long:
+        notes.append(f"{too_long} prompts are longer than {positions - new} tokens and left out: "
+                     f"they and {new} new ones exceed the model's {positions} positions.")
+    cut = sum(len(encode(p.reference)) > new for p in study.problems)
+    if cut:
+        notes.append(f"{cut} reference answers are longer than {new} tokens; their loss is that of "
+                     f"their first {new}.")
+    return notes
