@@ -1,21 +1,23 @@
-"""Work for a stranger, done in a child process that can do no harm: `in_child(run)` is `run()`, or one line on why not."""
+"""A stranger's program in a child process that can do no harm: `in_child(run)` is `run()`."""
 import contextlib
+import gc
 import json
 import os
+import select
+import signal
 import time
 import warnings
 from pathlib import Path
 
 from checks.files import show
 
-SECONDS, MEMORY, LETTERS = 1.5, 256 << 20, 4 << 20          # what the child may take: time, bytes, length of its answer
+SECONDS, MEMORY, LETTERS = 1.5, 256 << 20, 4 << 20      # what it may take: time, bytes, answer
 
 
 def in_child(run):
-    """The text that `run()` returns, in a forked child with SECONDS to live, MEMORY more than now and no files.
+    """The text that `run()` returns, in a fork with SECONDS to live, MEMORY more, and no files.
 
-    Raises ValueError with what is wrong: the text of a ValueError in the child, the name and text of another error, or the limit
-    that was met. Without fork (Windows) it runs here, without limits.
+    Raises ValueError that says what is wrong. Without fork (Windows) it runs here, without limits.
     """
     kind, text = forked(run) if hasattr(os, "fork") else answer_of(run)
     if kind == "error":
@@ -30,27 +32,22 @@ def answer_of(run):
         text.encode()
     except MemoryError:
         return "error", f"it needs more than {MEMORY >> 20} MB"
-    except ValueError as error:
-        words = "" if type(error) is ValueError else f"{type(error).__name__} "
-        return "error", words + show_words(error)
     except Exception as error:
-        return "error", f"{type(error).__name__} {show_words(error)}"
+        name = "" if type(error) is ValueError else f"{type(error).__name__} "
+        return "error", name + show(str(error), 240)
     if len(text) > LETTERS:
         return "error", f"its text is longer than {LETTERS} characters"
     return "text", text
 
 
-def show_words(error):
-    text = str(error)
-    return text if text.isprintable() and len(text) <= 260 else show(text, 240)
-
-
 def limit():
-    """Give this process its limits. What the system does not know, or has stricter already, is passed over."""
+    """Limits for this process. What the system does not know, or has stricter, is passed over."""
     import resource
+    gc.disable()
     memory = resource.RLIM_INFINITY
     if os.path.exists("/proc/self/statm"):
-        memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        memory = pages * resource.getpagesize() + MEMORY
     for name, value in (("AS", memory), ("CPU", 2), ("CORE", 0), ("NOFILE", 0)):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
@@ -58,18 +55,13 @@ def limit():
 
 def forked(run):
     """`answer_of(run)` from a child, which never outlives this call."""
-    import gc
-    import resource                                         # noqa: F401  imported here, since the child can open no file
-    import select
-    import signal
     deadline, parent, pid, answer = time.monotonic() + SECONDS, os.getpid(), None, bytearray()
     read_end, write_end = os.pipe()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                 # Python 3.12 warns of threads; the child needs none
+            warnings.simplefilter("ignore")             # of threads, in Python 3.12: it needs none
             pid = os.fork()
         if pid == 0:
-            gc.disable()
             limit()
             words = json.dumps(answer_of(run), ensure_ascii=False).encode()
             while words:
@@ -85,10 +77,10 @@ def forked(run):
         return "error", f"it does not end within {SECONDS} seconds"
     except OSError as error:
         return "error", f"no process to run it in ({error.strerror})"
-    except ValueError:                                      # no answer, or half of one
+    except ValueError:                                  # no answer, or half of one
         return "error", "it crashed"
     finally:
-        if os.getpid() != parent:                           # the child ends here, whatever happened
+        if os.getpid() != parent:                       # the child ends here, whatever happened
             os._exit(1)
         for end in (read_end, write_end):
             if end is not None:

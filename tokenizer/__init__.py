@@ -1,4 +1,4 @@
-"""Text <-> ids: `load_tokenizer(folder)` -> a Tokenizer. Read text.py first, then bpe.py, files.py and chat.py."""
+"""Text <-> ids: `load_tokenizer(folder)` -> a Tokenizer. text.py first, then bpe, files, chat."""
 from tokenizer.files import load_tokenizer
 from tokenizer.text import Tokenizer
 

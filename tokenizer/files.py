@@ -1,7 +1,7 @@
 """The tokenizer files of a model folder -> a Tokenizer.
 
     tokenizer.json            the vocabulary, the pairs, how text is cut, the added tokens
-    tokenizer_config.json     the names of special tokens, more added tokens, the chat template
+    tokenizer_config.json     names of special tokens, more added tokens, the chat template
     special_tokens_map.json   the same names, in older folders
     chat_template.jinja       the chat template, in newer folders
     config.json, generation_config.json    the ids that end an answer
@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 
 from checks.files import read_bytes, read_json
-from checks.vocabulary import (check_added, check_folder, check_ids, check_published, check_settings, check_size,
-                               check_text, check_tokenizer_json)
-from tokenizer.bpe import DIGIT, GPT2, PUBLISHED, BytePairs, bytes_of_letters
+from checks.vocabulary import (check_added, check_folder, check_ids, check_published,
+                               check_settings, check_size, check_template, check_tokenizer_json)
+from tokenizer.bpe import DIGIT, GPT2, PUBLISHED, BytePairs, from_letters
 from tokenizer.text import Tokenizer, compose
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -23,83 +23,78 @@ NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 def load_tokenizer(folder):
     """The Tokenizer of a model folder.
 
-    Raises ValueError (FileNotFoundError for a file that is not there), one line that names the file and what is wrong.
+    Raises ValueError or FileNotFoundError: one line that names the file and what is wrong.
     """
     folder = Path(folder)
     check_folder(folder)
     path = folder / "tokenizer.json"
     data = read_json(path)
     check_tokenizer_json(path, data)
-    config, generation = read_if_there(folder, "config.json"), read_if_there(folder, "generation_config.json")
     settings, names = read_settings(folder)
 
-    # text -> pieces -> ids
+    # byte-pair encoding
     vocab, merges = data["model"]["vocab"], data["model"]["merges"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     cuts = expressions_of(steps_of(data.get("pre_tokenizer"), "pretokenizers"))
     check_published(path, cuts, PUBLISHED)
-    nfc = bool(steps_of(data.get("normalizer"), "normalizers"))
-    words = [b""] * (max(vocab.values()) + 1)
-    for token, id in vocab.items():
-        words[id] = bytes_of_letters(token)
-    pairs = BytePairs(vocab, merges, words, PUBLISHED[cuts], data["model"].get("ignore_merges", False))
+    whole = data["model"].get("ignore_merges", False)
+    pairs = BytePairs(vocab, merges, PUBLISHED[cuts], whole)
 
-    # added tokens, and entries of the vocabulary that are none of byte-pair encoding
+    # added tokens, and the bytes of every id
+    normalize = compose if steps_of(data.get("normalizer"), "normalizers") else str
+    added = added_tokens(folder, data, settings, names, normalize)
+    added_ids = {text: entry["id"] for text, entry in added.items()}
+    words = [b""] * (max([*vocab.values(), *added_ids.values()]) + 1)
     for token, id in vocab.items():
-        words[id] = words[id] or token.encode()
-    added = added_tokens(folder, data, settings, names, vocab, compose if nfc else str)
-    last = max((entry["id"] for entry in added.values()), default=0)
-    words += [b""] * (last + 1 - len(words))
-    for text, entry in added.items():
-        words[entry["id"]] = text.encode()
-    check_size(path, words, config.get("vocab_size"))
+        words[id] = from_letters(token)
+    for text, id in added_ids.items():
+        words[id] = text.encode()
 
-    # ids that begin a text, and ids that end an answer
+    # the ids that begin a text, and those that end an answer
+    ids_of = {name: [added[text]["id"]] for name, text in names.items() if text in added}
     bos_ids = first_ids(steps_of(data.get("post_processor"), "processors"))
-    if settings.get("add_bos_token") is True and not bos_ids and names.get("bos_token") in added:
-        bos_ids = [added[names["bos_token"]]["id"]]
-    eos_ids = [added[names["eos_token"]]["id"]] if names.get("eos_token") in added else []
-    size = config.get("vocab_size")
-    for name, table in (("config.json", config), ("generation_config.json", generation)):
+    if settings.get("add_bos_token") and not bos_ids:
+        bos_ids = ids_of.get("bos_token", [])
+    eos_ids = set(ids_of.get("eos_token", []))
+    size = read_if_there(folder / "config.json").get("vocab_size")
+    check_size(path, words, size)
+    for name in ("config.json", "generation_config.json"):
+        table = read_if_there(folder / name)
         check_ids(folder / name, table, "eos_token_id", size)
         ids = table.get("eos_token_id")
-        eos_ids += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return Tokenizer(pairs, words, added, nfc, bos_ids, eos_ids, read_template(folder, settings), names)
+        eos_ids |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    template = read_template(folder, settings)
+    return Tokenizer(pairs, words, added, normalize, bos_ids, eos_ids, template, names)
 
 
-def read_if_there(folder, name):
-    """The JSON object in a file, {} without the file. A dangling link is there, and will be reported."""
-    return read_json(folder / name) if os.path.lexists(folder / name) else {}
+def read_if_there(path):
+    """The JSON object in a file, {} without one. A dangling link is there, and will be reported."""
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def read_settings(folder):
-    """-> tokenizer_config.json with what special_tokens_map.json adds; {"eos_token": its text, ...}"""
-    settings = read_if_there(folder, "tokenizer_config.json")
-    check_settings(folder / "tokenizer_config.json", settings, NAMES)
-    older = {}
-    if "added_tokens_decoder" not in settings:
-        older = read_if_there(folder, "special_tokens_map.json")
-        check_settings(folder / "special_tokens_map.json", older, NAMES)
-    names = {}
-    for table in (settings, older):
-        for name in NAMES:
-            text = table.get(name)
-            text = text.get("content") if isinstance(text, dict) else text
-            if text is not None:
-                names[name] = text
-    return {**settings, **older}, names
+    """-> tokenizer_config.json with what special_tokens_map.json adds; {"eos_token": text, ...}"""
+    settings = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if "added_tokens_decoder" not in settings:
+            table = read_if_there(folder / name)
+            check_settings(folder / name, table, NAMES)
+            settings |= table
+    tokens = {name: settings[name] for name in NAMES if settings.get(name) is not None}
+    return settings, {name: token["content"] if isinstance(token, dict) else token
+                      for name, token in tokens.items()}
 
 
 def read_template(folder, settings):
-    """The chat template or None. It has a file of its own, or stands in tokenizer_config.json, maybe as one of several."""
+    """The chat template or None: a file of its own, a setting, or one of several settings."""
     path = folder / "chat_template.jinja"
     if os.path.lexists(path):
         data = read_bytes(path)
-        check_text(path, data)
+        check_template(path, data)
         return data.decode()
     template = settings.get("chat_template")
     if isinstance(template, list):
-        template = [each["template"] for each in template if each.get("name") == "default"][0]
+        return {each["name"]: each["template"] for each in template}["default"]
     return template or None
 
 
@@ -113,7 +108,7 @@ def steps_of(node, inner):
 
 
 def expressions_of(steps):
-    """What cuts text into pieces, step after step: Split, Digits, and ByteLevel, which may do so by GPT-2's expression."""
+    """What cuts text into pieces: Split, Digits, and ByteLevel, which has GPT-2's expression."""
     expressions = []
     for step in steps:
         if step["type"] == "Split":
@@ -126,31 +121,28 @@ def expressions_of(steps):
 
 
 def first_ids(steps):
-    """What TemplateProcessing puts before a text: {"single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": ...}]}"""
+    """What TemplateProcessing puts before a text, Sequence A."""
     ids = []
     for step in steps:
-        if step["type"] == "TemplateProcessing":
-            for item in step["single"]:
-                if "Sequence" in item:
-                    break
-                ids += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+        for item in step.get("single", []):
+            if "Sequence" in item:
+                break
+            ids += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
     return ids
 
 
-def added_tokens(folder, data, settings, names, vocab, compose):
-    """{text: {"id", "special", "normalized"}}: of tokenizer.json, then of tokenizer_config.json, then special tokens that
-    are only named, and stand in the vocabulary."""
+def added_tokens(folder, data, settings, names, normalize):
+    """{text: {"id", "special", "normalized"}} of tokenizer.json, then of tokenizer_config.json. What is
+    only named there, as eos_token, may stand in the vocabulary."""
+    vocab = data["model"]["vocab"]
     entries = [(folder / "tokenizer.json", entry) for entry in data.get("added_tokens") or []]
     for id, entry in settings.get("added_tokens_decoder", {}).items():
         entries.append((folder / "tokenizer_config.json", {**entry, "id": int(id)}))
-    check_added(entries, vocab, compose)
-
-    added = {}
+    check_added(entries, vocab, normalize)
+    added = {text: {"id": vocab[text], "special": True, "normalized": False}
+             for text in names.values() if text in vocab}
     for _, entry in entries:
         special = entry.get("special", False)
         normalized = entry.get("normalized", not special)
         added[entry["content"]] = {"id": entry["id"], "special": special, "normalized": normalized}
-    for text in names.values():
-        if text in vocab and text not in added:
-            added[text] = {"id": vocab[text], "special": True, "normalized": False}
     return added
