@@ -131,9 +131,8 @@ def load_model(folder, device="cpu", dtype="auto"):
     """A folder, or a name for `find_model` -> CausalLM, frozen, in evaluation mode.
 
     dtype: "float32", "bfloat16", "float16", or "auto": what config.json names, else what the file
-    holds. The model is built on the `meta` device, without memory, and takes the file's tensors as
-    its parameters. Strict: every weight must be there, no other, in its shape. ValueError or
-    FileNotFoundError, one line each.
+    holds. Built on the `meta` device, without memory, it takes the file's tensors as parameters.
+    Strict: every weight, no other, in its shape, or one line of ValueError or FileNotFoundError.
     """
     folder = find_model(folder)
     config = read_config(folder)

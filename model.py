@@ -1,5 +1,4 @@
-"""A Llama / Qwen decoder in plain PyTorch, leaf to root: norm, rotary embedding, cache, attention,
-MLP, layer, decoder, model; how rotary embeddings are stretched for long prompts comes last.
+"""A Llama / Qwen decoder in plain PyTorch, leaf to root; stretched rotary embeddings come last.
 
 One token through this file:
     its id picks a row of `embed_tokens`: a vector of width d
@@ -7,11 +6,9 @@ One token through this file:
         attention: what earlier tokens have to say (`RMSNorm`, q/k/v, rotation, softmax, `o_proj`)
         MLP:       what this token makes of it     (`RMSNorm`, down(silu(gate) * up))
     a last `RMSNorm` gives the hidden state h, which is where SLOT cuts in:
-        hidden = lm.model(tokens, cache)        (B, T, d)
-        logits = lm.lm_head(hidden)             (B, T, V)
-Llama, Qwen2 and Qwen3 differ in four switches only: bias on q/k/v, norm on q/k, rope scaling, and
-whether the head is tied. All names (`q_proj`, `input_layernorm`, ...) are the checkpoint's own: a
-name in the file leads to the line that uses it.
+        hidden = lm.model(tokens, cache)  (B, T, d);   logits = lm.lm_head(hidden)  (B, T, V)
+Llama, Qwen2 and Qwen3 differ in four switches only: bias on q/k/v, norm on q/k, rope scaling, tied
+head. Names (`q_proj`, ...) are the checkpoint's own: each leads from the file to the line.
 
 Letters: B batch, T new tokens, S all tokens so far (cached + new), d width, H query heads,
 K key/value heads, D head_dim, V vocabulary.
@@ -48,8 +45,7 @@ class Config:
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
         x32 = x.float()                                 # squares overflow float16
@@ -58,8 +54,6 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns a position into the angles that rotate q and k (RoFormer, arXiv 2104.09864)."""
-
     def __init__(self, config):
         super().__init__()
         inv_freq, self.scale = rope_frequencies(config)
@@ -70,39 +64,34 @@ class RotaryEmbedding(nn.Module):
         negative in its first half. float32 whatever the model's dtype: angles reach the thousands,
         where bfloat16 knows whole numbers at best."""
         angles = positions[:, None, :, None] * self.inv_freq            # (B, 1, T, D/2)
-        cos = angles.cos() * self.scale
-        sin = angles.sin() * self.scale
+        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of dimensions (a, b) of x (B, heads, T, D): (a cos - b sin, b cos + a sin).
+    """Turn each pair of dimensions (a, b) of x (B, heads, T, D): (a cos - b sin, b cos + a sin), as
+    in RoFormer (arXiv 2104.09864).
 
     Two layouts exist. The RoPE paper and Meta's own files pair neighbours (2i, 2i+1). Hugging Face
     checkpoints, which this project reads, have the rows of q_proj and k_proj permuted so that pairs
-    lie half a head apart, (i, i + D/2). So rolling x by half a head puts b in the place of a and a
-    in the place of b.
+    lie half a head apart, (i, i + D/2): rolling x by half a head swaps a and b.
     """
-    half = x.shape[-1] // 2
-    return (x * cos + x.roll(half, dims=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class KVCache:
     """Keys and values of every layer for up to `max_len` tokens, and how many are filled (`pos`).
 
-    `k`, `v`: (layers, B, K, max_len, D), allocated once; the K key/value heads only, not repeated
-    for every query head. A forward pass writes its T new tokens at pos..pos+T, layer by layer; the
-    decoder moves `pos` on once, after the last layer. `mask` (B, max_len) bool is True where a
-    token counts, or None when no row is padded.
+    `k`, `v`: (layers, B, K, max_len, D), allocated once. A forward pass writes its T new tokens at
+    pos..pos+T, layer by layer; the decoder moves `pos` on once, after the last layer. `mask`
+    (B, max_len) bool is True where a token counts, or None when no row is padded.
     """
 
     def __init__(self, config, batch_size, max_len, device="cpu", dtype=torch.float32):
         layers, K, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         self.k = torch.zeros(layers, batch_size, K, max_len, D, device=device, dtype=dtype)
         self.v = torch.zeros(layers, batch_size, K, max_len, D, device=device, dtype=dtype)
-        self.max_len = max_len
-        self.pos = 0
-        self.mask = None
+        self.max_len, self.pos, self.mask = max_len, 0, None
 
     def update(self, layer, k, v):
         """Write k, v (B, K, T, D) of a layer -> its keys and values so far, (B, K, S, D)."""
@@ -184,9 +173,8 @@ class Decoder(nn.Module):
         """tokens (B, T) int64 -> hidden (B, T, d) after the final norm: what SLOT calls h.
 
         With a `cache` the tokens continue what it holds, and it is advanced by T; ValueError if
-        they do not fit. `mask` (B, T) bool, True = a real token: for batches of different lengths.
-        Padding may stand anywhere; put it to the left, so that the last column is the last token of
-        every row and all rows write the same column of the cache while decoding.
+        they do not fit. `mask` (B, T) bool, True = a real token, for batches of different lengths;
+        padding belongs to the left, so that all rows write the same column of the cache next.
         """
         T = tokens.shape[1]
         past = cache.pos if cache is not None else 0
@@ -208,9 +196,9 @@ class Decoder(nn.Module):
         """-> positions (B or 1, T), and what attention may see: None, or bool (B or 1, 1, T, S)."""
         (B, T), device = tokens.shape, tokens.device
         if cache is not None:
-            if mask is not None and cache.mask is None:
-                cache.mask = torch.ones(B, cache.max_len, dtype=torch.bool, device=device)
             if mask is not None:
+                if cache.mask is None:
+                    cache.mask = torch.ones(B, cache.max_len, dtype=torch.bool, device=device)
                 cache.mask[:, past:past + T] = mask
             if cache.mask is not None:
                 mask = cache.mask[:, :past + T]                                 # (B, S)
@@ -246,13 +234,12 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens, cache=None, mask=None):
-        """Both halves in one call: tokens (B, T) -> logits (B, T, V). SLOT works between them."""
+        """Both halves: tokens (B, T) -> logits (B, T, V). SLOT works between them."""
         return self.lm_head(self.model(tokens, cache, mask))
 
 
 def rope_frequencies(config):
     """-> inv_freq (D/2,) float32, radians per position of each pair; and a factor on cos and sin.
-
     default: theta^(-2i/D). The other types stretch a model to longer prompts than it has seen:
     linear slows every pair; llama3 only the slow ones, with a smooth passage; yarn (arXiv
     2309.00071, section 3) likewise, by the turns that a pair makes over the original length, and
@@ -289,13 +276,12 @@ def rope_frequencies(config):
 
 
 def yarn_sharpening(rope):
-    """The factor on cos and sin: given, or 0.1 ln(factor) + 1 (arXiv 2309.00071, equation 22). The
-    pair mscale / mscale_all_dim (DeepSeek) counts only where both are given."""
+    """The factor on cos and sin: given, or 0.1 ln(factor) + 1 (arXiv 2309.00071, equation 22)."""
     def sharpen(m):
-        return 0.1 * m * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+        return 0.1 * m * math.log(max(rope["factor"], 1)) + 1
 
     if "attention_factor" in rope:
         return rope["attention_factor"]
-    if "mscale" in rope and "mscale_all_dim" in rope:
+    if "mscale" in rope and "mscale_all_dim" in rope:           # DeepSeek's; only both count
         return sharpen(rope["mscale"]) / sharpen(rope["mscale_all_dim"])
     return sharpen(1)

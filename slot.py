@@ -2,9 +2,8 @@
 
     tokens ──► decoder ──► h (1, T, d) ──► h + δ ──► W ──► logits
 
-The decoder reads the prompt once. Its hidden states are constants from then on; the only unknown is
-δ, fitted so that W(h + δ) predicts the prompt itself better. The same δ then helps with every token
-of the answer.
+The decoder reads the prompt once. Its hidden states h are constants from then on; δ is fitted so that
+W(h + δ) predicts the prompt itself better, and then helps with every token of the answer.
 
     (1)  z_t = W (h_t + δ)  =  W h_t + W δ                     δ = 0 is the plain model
     (2)  L(δ) = -1/(T-1) Σ_{t<T} log softmax(z_t)[x_{t+1}]     what the steps minimise
@@ -14,17 +13,14 @@ of the answer.
     paper    here       checkpoint                           shape
     x        tokens                                          a list of T ids
     H        hidden     output of `model.norm`               (1, T, d)
-    W_LM     lm_head    `lm_head.weight`, or, if tied,       (V, d)
-                        `model.embed_tokens.weight`
+    W_LM     lm_head    `lm_head.weight` (tied: embeddings)  (V, d)
     δ        delta                                           (1, 1, d) float32
     T, η     steps, lr  3, 0.01 in the paper's text; 5, 0.1 in its code
-(The equations are numbered by this file.)
 
 What differs from the authors' public code: δ belongs to one prompt, never to a batch and its
 padding; only δ receives a gradient, W none; W h is computed once, not in every step; δ and the loss
-are float32 even in a bfloat16 model, where a step of 0.01 would vanish beside h.
-
-Letters: T tokens of the prompt, d width, V vocabulary.
+are float32 even in a bfloat16 model, where a step of 0.01 would vanish beside h. The equations are
+numbered by this file. Letters: T tokens of the prompt, d width, V vocabulary.
 """
 import torch
 import torch.nn.functional as F
@@ -36,13 +32,15 @@ from model import KVCache
 def prefill(lm, tokens, max_new_tokens):
     """One forward pass over the prompt, a list of ids -> hidden (1, T, d), and the filled cache
     with room for max_new_tokens. ValueError if that exceeds the positions the model knows."""
-    T, most = len(tokens), lm.config.max_position_embeddings
+    T = len(tokens)
+    most = lm.config.max_position_embeddings
     if T + max_new_tokens > most:
         raise ValueError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the model's "
                          f"{most} positions (max_position_embeddings); shorten one of them")
     W = lm.lm_head.weight
     cache = KVCache(lm.config, 1, T + max_new_tokens, W.device, W.dtype)
-    return lm.model(torch.tensor([list(tokens)], device=W.device), cache), cache
+    hidden = lm.model(torch.tensor([list(tokens)], device=W.device), cache)
+    return hidden, cache
 
 
 def prompt_loss(logits, targets):
@@ -64,7 +62,8 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr, loss=prompt_loss):
         Wh = lm_head(hidden[:, :-1]).float()                                # (1, T-1, V)
 
     delta = torch.zeros(1, 1, hidden.shape[-1], device=hidden.device, requires_grad=True)
-    optimizer = torch.optim.AdamW([delta], lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=1e-8)
+    optimizer = torch.optim.AdamW(
+        [delta], lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=1e-8)
     losses = []
     for step in range(steps + 1):
         logits = Wh + lm_head(delta.to(W.dtype)).float()                    # = W(h + δ)
@@ -76,7 +75,7 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr, loss=prompt_loss):
             optimizer.zero_grad()
 
     if not delta.isfinite().all():
-        raise ValueError(f"SLOT: δ leaves the range of {W.dtype} at lr {lr:g}; take a lower one")
+        raise ValueError(f"SLOT: δ leaves {W.dtype}'s range at lr {lr:g}; take a lower one")
     return delta.detach(), torch.stack(losses)
 
 
@@ -91,7 +90,8 @@ def steer(logits, W_delta):
 
 
 @torch.no_grad()
-def decode(lm, hidden, cache, max_new_tokens, delta=None, choose=likeliest, eos_ids=()):
+def decode(lm, hidden, cache, max_new_tokens,
+           delta=None, choose=likeliest, eos_ids=()):
     """Answer from the prefilled prompt: yields ids as they come, at most max_new_tokens.
 
     delta (1, 1, d) or None, the plain model. choose: a function from logits (V,) float32 to an id.
@@ -107,14 +107,16 @@ def decode(lm, hidden, cache, max_new_tokens, delta=None, choose=likeliest, eos_
         if delta is not None:
             logits = steer(logits, W_delta)                                 # = W(h + δ)
         if not logits.isfinite().all():
-            raise ValueError(f"the logits are not finite: a weight is not, or {W.dtype} overflows")
+            raise ValueError(
+                f"the logits are not finite: a weight is not, or {W.dtype} overflows")
         id = choose(logits[0, 0])
         if id in eos_ids:
             return
         yield id
 
 
-def generate(lm, tokens, max_new_tokens, steps=0, lr=0.01, choose=likeliest, eos_ids=()):
+def generate(lm, tokens, max_new_tokens,
+             steps=0, lr=0.01, choose=likeliest, eos_ids=()):
     """Answer a prompt, a list of ids, plainly or with `steps` of SLOT: yields ids as they come."""
     hidden, cache = prefill(lm, tokens, max_new_tokens)
     delta = None

@@ -57,7 +57,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30):
             optimizer.step()
 
     if not delta.isfinite().all():
-        raise ValueError(f"SLOT: δ leaves the range of {W.dtype} at lr {lr:g}; take a lower one")
+        raise ValueError(f"SLOT: δ leaves {W.dtype}'s range at lr {lr:g}; take a lower one")
     return delta, torch.stack(losses)
 
 
