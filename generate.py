@@ -1,7 +1,7 @@
 """The command: prefill the prompt once, fit δ to it, decode with it, stream the text.
 
     python generate.py --slot-steps 3                   a held-out problem of the embedded model
-    python generate.py --compare                        the plain answer and SLOT's, from one prefill
+    python generate.py --compare                        the plain answer and SLOT's beside it
     python generate.py --model smollm2 "Why is the sky blue?" --slot-steps 3
 
 Text goes to stdout, figures to stderr. The method itself is slot.py; from Python:
@@ -13,58 +13,16 @@ Text goes to stdout, figures to stderr. The method itself is slot.py; from Pytho
 import sys
 import time
 from functools import partial
-from pathlib import Path
+from importlib.util import find_spec
 
-from checks.command import Parser, early_signals, number, run
+from checks.command import early_signals, run
 from checks.files import show
-from checks.prompts import (check_length, check_memory, check_options, check_text,
-                            read_prompts)
-from checks.slot_file import use_slot_file
+from checks.options import NEW_TOKENS, TINY, parse_arguments
+from checks.prompts import check_length, check_memory, check_text, read_prompts
 
-TINY = Path(__file__).resolve().parent / "tiny"
-NEW_TOKENS = 256
-COMPARE_PROBLEM = 12            # chosen because SLOT with 5 steps at 0.1 changes its answer
+COMPARE_PROBLEM = 57            # chosen because SLOT with 5 steps at 0.1 changes its answer
 SHOWN = 6                       # tokens at either end of what δ changes
 TOGETHER = 32                   # prompts answered in one batch
-
-
-def parse_arguments(arguments=None):
-    parser = Parser(prog="generate.py", description="Answer a prompt, plainly or with SLOT.")
-    add = parser.add_argument
-    add("prompt", nargs="*", help="the prompt, - for standard input; several are answered together "
-        "(default: what a pipe brings, else a held-out problem of the embedded model)")
-    add("--model", default=str(TINY), metavar="NAME", help="a folder, a name kept by python -m "
-        "convert, or a hub id like Qwen/Qwen2.5-0.5B-Instruct (default: the embedded model)")
-    add("--prompts", metavar="FILE", help='one a line, or {"prompt": ..., "system": ...}')
-    add("--system", metavar="TEXT", help="a system message before every prompt")
-    add("--raw", action="store_true", help="continue the prompt as it is, without chat template")
-    add("--problem", type=number(int, 1, 300), metavar="N", help="held-out problem N of tiny/")
-    add("--slot-steps", type=number(int, 0, 10_000), metavar="N", help="steps (default 0: plain)")
-    add("--slot-lr", type=number(float, 0, 1e6, above=True), metavar="X",
-        help="learning rate (default 0.01; without --slot-steps it means 3 of them)")
-    add("--slot-fast", action="store_true", help="the same δ by speed/delta.py, in bounded memory")
-    add("--slot-memory", type=number(float, 0, 1 << 20, above=True), default=1.0, metavar="GIB",
-        help="that bound (default 1)")
-    add("--slot-file", type=use_slot_file, metavar="FILE", help="your copy of slot.py for ours")
-    add("--save-delta", metavar="FILE", help="keep δ as a safetensors file")
-    add("--delta", metavar="FILE", help="answer with a δ that was kept, instead of fitting one")
-    add("--compare", action="store_true", help="the plain answer, then SLOT's (5 steps at 0.1)")
-    add("--max-new-tokens", type=number(int, 1, 1 << 30), metavar="N", help="(default 256)")
-    add("--temperature", type=number(float, 0), default=0.0, metavar="T", help="(default 0: greedy)")
-    add("--top-k", type=number(int, 0), default=0, metavar="K", help="sample among the K likeliest")
-    add("--top-p", type=number(float, 0, 1, above=True), default=1.0, metavar="P",
-        help="sample among the likeliest that make up P")
-    add("--seed", type=number(int, 0, 2**62), default=0, metavar="S", help="of the sampling")
-    add("--device", default="cpu", metavar="D", help="cpu (default), cuda, cuda:1, mps")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    args = parser.parse_args(arguments)
-    if args.slot_steps is None:
-        args.slot_steps = 3 if args.slot_lr else 0
-        if args.compare and not args.delta and not args.slot_lr:
-            args.slot_steps, args.slot_lr = 5, 0.1
-    args.slot_lr = args.slot_lr or 0.01
-    check_options(parser, args)
-    return args
 
 
 if __name__ == "__main__":      # before torch is imported, so that --help and Ctrl-C answer at once
@@ -79,18 +37,17 @@ from load_weights import find_model, load_model, read_safetensors, write_safeten
 from slot import decode, generate, likeliest, optimize_delta, prefill, steer  # noqa: F401
 from tokenizer import load_tokenizer
 
-try:                            # without speed/ everything works the same, only slower
+speed = None                    # without speed/ everything works the same, only slower
+if find_spec("speed"):
     import speed.batch
     import speed.delta
     import speed.linear
-except ImportError:
-    speed = None
 
 
 def sampler(temperature=0.0, top_k=0, top_p=1.0, seed=0):
     """-> a function from logits (V,) float32 to an id: the likeliest, or drawn from
-    softmax(logits / temperature), cut to the top_k likeliest (arXiv 1805.04833) and to the likeliest
-    that together have probability top_p (arXiv 1904.09751). ValueError for impossible settings."""
+    softmax(logits / temperature), cut to the top_k likeliest (arXiv 1805.04833) and to those that
+    together have probability top_p (arXiv 1904.09751). ValueError for impossible settings."""
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: they need "
                          "at least 0, at least 0, and above 0 up to 1")
@@ -115,10 +72,10 @@ def say(*words):
 
 
 def heldout_problem(args):
-    """A problem that the embedded model was not trained on -> its text."""
     from tiny.problems import heldout
-    place = args.problem or (COMPARE_PROBLEM if args.compare else 1)
-    why = ", chosen because SLOT changes its answer" if args.compare and not args.problem else ""
+    place, why = args.problem or 1, ""
+    if args.compare and not args.problem:
+        place, why = COMPARE_PROBLEM, ", chosen because SLOT changes its answer"
     question = heldout("common", place)[-1].question
     say(f"prompt    held-out problem {place} of the embedded model{why}:\n{question}\n")
     return question
@@ -129,11 +86,14 @@ def load(args):
     folder, began = find_model(args.model), time.perf_counter()
     tokenizer, lm = load_tokenizer(folder), load_model(folder, args.device, args.dtype)
     products = speed.linear.use(lm) if speed else "plain"
-    seconds = time.perf_counter() - began
     name = "tiny/, the embedded model" if folder == TINY else show(folder, 160)
     size = sum(parameter.numel() for parameter in lm.parameters()) / 1e6
     say(f"model     {name}: {size:,.1f} M parameters, {str(lm.lm_head.weight.dtype)[6:]}, "
-        f"{args.device}, {torch.get_num_threads()} threads, products: {products}, {seconds:.2f} s")
+        f"{args.device}, {torch.get_num_threads()} threads, products: {products}, "
+        f"loaded in {time.perf_counter() - began:.2f} s")
+    if folder == TINY and (args.prompt or args.prompts):
+        say("note      it solves word problems like those of tiny/problems.py and knows nothing "
+            "else; python -m convert smollm2 brings a model to chat with")
     return lm, tokenizer
 
 
@@ -146,11 +106,13 @@ def prompt_ids(args, tokenizer, prompt, system):
     return tokenizer.chat_ids(messages)
 
 
-def optimizer(args, delta):
-    """-> a function with the arguments and results of slot.optimize_delta: the loop itself, the closed
-    form with --slot-fast, or, with --delta, one that hands out what was kept."""
-    if delta is not None:
-        return lambda *_: (delta, torch.zeros(0))
+def optimizer(args, lm):
+    """-> a function with the arguments and results of slot.optimize_delta: the loop itself, with
+    --slot-fast the closed form, with --delta one that hands out what was kept."""
+    if args.delta:
+        kept = read_safetensors(args.delta)
+        check_delta(args.delta, kept, lm)
+        return lambda *_: (kept["delta"].to(args.device), torch.zeros(0))
     if args.slot_fast:
         return partial(speed.delta.optimize_delta_fast, memory=int(args.slot_memory * 2**30))
     return optimize_delta
@@ -175,8 +137,8 @@ def say_fit(args, lm, tokenizer, hidden, delta, losses, seconds):
 
 @torch.no_grad()
 def probabilities(lm, hidden, delta, most=32):
-    """Mean probability of every token over (at most 32 of) the prompt's positions, before δ and with
-    it: (V,) each. Probabilities, since softmax ignores what W δ adds to all tokens alike."""
+    """Mean probability of every token over (at most 32 of) the prompt's positions, before δ and
+    with it: (V,) each. Probabilities, for softmax ignores what W δ adds to all tokens alike."""
     some = hidden[0, ::max(1, hidden.shape[1] // most)]                 # (n, d)
     logits = lm.lm_head(some).float()                                   # (n, V)
     W_delta = lm.lm_head(delta[0].to(hidden.dtype)).float()             # (1, V)
@@ -204,22 +166,17 @@ def answer(tokenizer, ids, new, spent):
     return got
 
 
-def answer_one(args, lm, tokenizer, tokens, new, fit):
+def answer_one(args, lm, tokenizer, tokens, new, fit, choose):
     """Prefill, fit, decode; with --compare the plain answer first, from the same prefill."""
     began = time.perf_counter()
     hidden, cache = prefill(lm, tokens, new)
     spent = time.perf_counter() - began
     say(f"prompt    {len(tokens)} tokens, prefill {spent:.3f} s")
-
-    def write(delta, spent):
-        cache.pos = len(tokens)                 # back to the end of the prompt
-        choose = sampler(args.temperature, args.top_k, args.top_p, args.seed)
-        ids = decode(lm, hidden, cache, new, delta, choose, tokenizer.eos_ids)
-        return answer(tokenizer, ids, new, spent)
-
+    decoded = partial(decode, lm, hidden, cache, new, choose=choose, eos_ids=tokenizer.eos_ids)
     if args.compare:
         print("--- plain ---", flush=True)
-        plain = write(None, spent)
+        plain = answer(tokenizer, decoded(), new, spent)
+        cache.pos = len(tokens)                 # back to the end of the prompt
     delta = None
     if args.slot_steps or args.delta:
         began = time.perf_counter()
@@ -231,32 +188,28 @@ def answer_one(args, lm, tokenizer, tokens, new, fit):
         write_safetensors(args.save_delta, {"delta": delta.cpu(), "head": fingerprint(lm)})
     if args.compare:
         print("--- with δ ---", flush=True)
-    steered = write(delta, spent)
+    steered = answer(tokenizer, decoded(delta), new, spent)
     if args.compare:
         say_where_they_part(tokenizer, plain, steered)
 
 
 def say_where_they_part(tokenizer, plain, steered):
-    at = 0
-    while at < min(len(plain), len(steered)) and plain[at] == steered[at]:
-        at += 1
-    if plain == steered:
-        return say(f"compare   the same {at} tokens")
-    words = [tokenizer.decode(ids[at:at + 1]) or "the end" for ids in (plain, steered)]
-    say(f"compare   they part at new token {at + 1}: plain {words[0]!r}, SLOT {words[1]!r}")
+    pairs = zip(plain + [None], steered + [None])           # None: the end
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if at is None:
+        return say(f"compare   the same {len(plain)} tokens")
+    words = [repr(tokenizer.decode(ids[at:at + 1])) if ids[at:] else "the end"
+             for ids in (plain, steered)]
+    say(f"compare   they part at new token {at + 1}: plain {words[0]}, with δ {words[1]}")
 
 
-def answer_together(args, lm, tokenizer, ids, new, fit, first):
-    """Some prompts in one batch, lists of ids -> their answers, texts. first: the number of the first
-    among all; every prompt draws for itself."""
-    settings = args.temperature, args.top_k, args.top_p
-    choose = [sampler(*settings, seed=args.seed + first + row) for row in range(len(ids))]
-    if args.temperature == 0:
-        choose = likeliest
+def answer_together(args, lm, tokenizer, ids, new, fit, chooses):
+    """Some prompts in one batch, lists of ids -> their answers, texts."""
+    choose = likeliest if args.temperature == 0 else chooses
     steps = args.slot_steps or int(args.delta is not None)
+    inputs = lm, ids, new, steps, args.slot_lr, choose, tokenizer.eos_ids, fit
     answers = [[] for _ in ids]
-    for step in speed.batch.generate_batch(lm, ids, new, steps, args.slot_lr, choose,
-                                           tokenizer.eos_ids, fit):
+    for step in speed.batch.generate_batch(*inputs):
         for got, id in zip(answers, step):
             if id is not None:
                 got.append(id)
@@ -265,37 +218,35 @@ def answer_together(args, lm, tokenizer, ids, new, fit, first):
 
 def main(args):
     if args.slot_fast and not speed:
-        raise ValueError("--slot-fast: there is no speed/ here; without it the numbers are the same")
+        raise ValueError("--slot-fast: there is no speed/; without it the numbers are the same")
     prompts = read_prompts(args) or [(heldout_problem(args), args.system)]
     check_text(prompts)
     check_device(args.device)
     lm, tokenizer = load(args)
     ids = [prompt_ids(args, tokenizer, *prompt) for prompt in prompts]
-    longest, most = max(map(len, ids)), lm.config.max_position_embeddings
     check_length(ids, args.max_new_tokens, lm.config)
-    new = args.max_new_tokens or min(NEW_TOKENS, most - longest)
-    delta = None
-    if args.delta:
-        kept = read_safetensors(args.delta)
-        check_delta(args.delta, kept, lm)
-        delta = kept["delta"].to(args.device)
+    longest = max(map(len, ids))
+    most = lm.config.max_position_embeddings - longest
+    new = args.max_new_tokens or min(NEW_TOKENS, most)
     if args.slot_steps:
         torch.optim.AdamW([torch.zeros(1)])     # the first imports 800 modules: not SLOT's time
         if not args.slot_fast:
             check_memory(longest, lm.config.vocab_size, args.device)
+    fit = optimizer(args, lm)
+    settings = args.temperature, args.top_k, args.top_p
+    chooses = [sampler(*settings, seed=args.seed + place) for place in range(len(ids))]
     together = TOGETHER if speed and len(ids) > 1 else 1
-    fit = optimizer(args, delta)
     try:
         for place, (prompt, _) in enumerate(prompts):
+            part = slice(place, place + together)
+            if together > 1 and place % together == 0:
+                answers = answer_together(args, lm, tokenizer, ids[part], new, fit, chooses[part])
             if len(ids) > 1:
                 print(f"--- {place + 1} of {len(ids)}: {show(prompt)} ---", flush=True)
-            if together == 1:
-                answer_one(args, lm, tokenizer, ids[place], new, fit)
-                continue
-            if place % together == 0:
-                part = ids[place:place + together]
-                answers = answer_together(args, lm, tokenizer, part, new, fit, place)
-            print(answers[place % together], flush=True)
+            if together > 1:
+                print(answers[place % together], flush=True)
+            else:
+                answer_one(args, lm, tokenizer, ids[place], new, fit, chooses[place])
     except ValueError:
         check_finite(lm)                        # the better reason, where a weight is the cause
         raise

@@ -108,17 +108,3 @@ def check_memory(length, vocabulary, device):
     if need > free:
         raise ValueError(f"SLOT's readable loop needs {need / 2**30:.1f} GiB for {length} tokens and {free / 2**30:.1f} "
                          "are free; --slot-fast gives the same numbers within --slot-memory")
-
-
-def check_options(parser, args):
-    """Options of generate.py that do not go together."""
-    several = args.prompts or len(args.prompt) > 1
-    for wrong, why in (
-            (args.prompt and args.prompts, "give prompts or --prompts, not both"),
-            (args.raw and args.system, "--system needs the chat template that --raw leaves out"),
-            (several and args.compare, "--compare takes one prompt"),
-            (several and args.save_delta, "--save-delta takes one prompt"),
-            (args.delta and args.slot_steps, "--delta brings a δ; leave --slot-steps out"),
-            (args.save_delta and not args.slot_steps, "--save-delta needs --slot-steps")):
-        if wrong:
-            parser.error(why)

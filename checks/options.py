@@ -1,0 +1,62 @@
+"""The options of generate.py, and which values they take. Judged before torch is imported."""
+from pathlib import Path
+
+from checks.command import Parser, number
+from checks.slot_file import use_slot_file
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+NEW_TOKENS = 256
+
+
+def parse_arguments(arguments=None):
+    parser = Parser(prog="generate.py", description="Answer a prompt, plainly or with SLOT.")
+    add = parser.add_argument
+    add("prompt", nargs="*", help="the prompt, - for standard input; several are answered together "
+        "(default: what a pipe brings, else a held-out problem of the embedded model)")
+    add("--model", default=str(TINY), metavar="NAME", help="a folder, a name kept by python -m "
+        "convert, or a hub id like Qwen/Qwen2.5-0.5B-Instruct (default: the embedded model)")
+    add("--prompts", metavar="FILE", help='one a line, or {"prompt": ..., "system": ...}')
+    add("--system", metavar="TEXT", help="a system message before every prompt")
+    add("--raw", action="store_true", help="continue the prompt as it is, without chat template")
+    add("--problem", type=number(int, 1, 300), metavar="N", help="held-out problem N of tiny/")
+    add("--slot-steps", type=number(int, 0, 10_000), metavar="N", help="steps (default 0: plain)")
+    add("--slot-lr", type=number(float, 0, 1e6, above=True), metavar="X",
+        help="learning rate (default 0.01; without --slot-steps it means 3 of them)")
+    add("--slot-fast", action="store_true", help="the same δ by speed/delta.py, in bounded memory")
+    add("--slot-memory", type=number(float, 0, 1 << 20, above=True), default=1.0, metavar="GIB",
+        help="that bound (default 1)")
+    add("--slot-file", type=use_slot_file, metavar="FILE", help="your copy of slot.py for ours")
+    add("--save-delta", metavar="FILE", help="keep δ as a safetensors file")
+    add("--delta", metavar="FILE", help="answer with a δ that was kept, instead of fitting one")
+    add("--compare", action="store_true", help="the plain answer, then SLOT's (5 steps at 0.1)")
+    add("--max-new-tokens", type=number(int, 1, 1 << 30), metavar="N",
+        help=f"(default {NEW_TOKENS})")
+    add("--temperature", type=number(float, 0), default=0.0, metavar="T", help="(0: greedy)")
+    add("--top-k", type=number(int, 0), default=0, metavar="K", help="sample among the K likeliest")
+    add("--top-p", type=number(float, 0, 1, above=True), default=1.0, metavar="P",
+        help="sample among the likeliest that make up P")
+    add("--seed", type=number(int, 0, 2**62), default=0, metavar="S", help="of the sampling")
+    add("--device", default="cpu", metavar="D", help="cpu (default), cuda, cuda:1, mps")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    args = parser.parse_args(arguments)
+    if args.slot_steps is None:
+        args.slot_steps = 3 if args.slot_lr else 0
+        if args.compare and not args.delta and not args.slot_lr:
+            args.slot_steps, args.slot_lr = 5, 0.1
+    args.slot_lr = args.slot_lr or 0.01
+    check_options(parser, args)
+    return args
+
+
+def check_options(parser, args):
+    """Options of generate.py that do not go together."""
+    several = args.prompts or len(args.prompt) > 1
+    for wrong, why in (
+            (args.prompt and args.prompts, "give prompts or --prompts, not both"),
+            (args.raw and args.system, "--system needs the chat template that --raw leaves out"),
+            (several and args.compare, "--compare takes one prompt"),
+            (several and args.save_delta, "--save-delta takes one prompt"),
+            (args.delta and args.slot_steps, "--delta brings a δ; leave --slot-steps out"),
+            (args.save_delta and not args.slot_steps, "--save-delta needs --slot-steps")):
+        if wrong:
+            parser.error(why)
