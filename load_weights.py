@@ -20,7 +20,7 @@ import torch
 from checks.config import check_config
 from checks.files import cache_folder, parse_json, read_json, regular_file
 from checks.hub import find_in_hub
-from checks.safetensors import check_header, check_index, check_shard, check_start
+from checks.safetensors import check_folder, check_header, check_index, check_shard, check_start
 from checks.weights import check_dtype, check_layers, check_weights
 from model import CausalLM, Config
 
@@ -56,7 +56,7 @@ def read_safetensors(path):
 
 
 def write_safetensors(path, tensors):
-    """Write {name: tensor} as one file, whole or not at all. OSError as from `open`."""
+    """Write {name: tensor} as one file, whole or not at all. OSError names the file."""
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -73,6 +73,8 @@ def write_safetensors(path, tensors):
                 flat = tensor.detach().cpu().contiguous().view(-1)
                 file.write(flat.view(torch.uint8).numpy().data)
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -80,6 +82,7 @@ def write_safetensors(path, tensors):
 def read_weights(folder):
     """The tensors of model.safetensors, or of the shards that the index beside it lists."""
     single, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
+    check_folder(folder)
     if not os.path.lexists(index) or os.path.lexists(single):
         return read_safetensors(single)
     raw = read_json(index, limit=16 << 20)

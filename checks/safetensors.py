@@ -1,6 +1,7 @@
 """What may be wrong with a safetensors file, or with the index of several. The format is described
 in load_weights.py."""
 import math
+import os
 import re
 import struct
 from pathlib import Path
@@ -8,6 +9,19 @@ from pathlib import Path
 from checks.files import foreign, refuse, show, show_name
 
 MAX_HEADER = 100_000_000        # bytes; the limit of the reference implementation
+
+
+def check_folder(folder):
+    """Are there weights? A pickle is not opened: it could run code."""
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        if os.path.lexists(Path(folder, name)):
+            return
+    for name in sorted(os.listdir(folder)):
+        if name.endswith((".bin", ".pth", ".pt")):
+            refuse(folder, f"has {show(name)}, a pickle, which could run code and is never opened",
+                   "convert it with transformers: save_pretrained(folder, safe_serialization=True)")
+    refuse(folder, "has no model.safetensors and no model.safetensors.index.json",
+           "give a complete model folder", FileNotFoundError)
 
 
 def check_start(path, data):

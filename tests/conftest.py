@@ -1,8 +1,37 @@
-"""One thread for every test and every process that a test starts: the models are tiny, and threads that wait for each other on a
-busy machine cost more than they bring."""
+"""One thread for every test and every process that a test starts: the models are tiny, and threads
+that wait for each other on a busy machine cost more than they bring."""
 import os
+import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+class Hang(BaseException):
+    """Not an Exception: nothing may catch it on its way."""
+
+
+def hang(*_):
+    raise Hang
+
+
+@pytest.fixture
+def alarm():
+    """A test that asks for it has two minutes. What strangers write must never make us wait."""
+    previous = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture
+def folder(tmp_path, alarm):
+    """Where a test puts its model folder; see hostile.py. Nothing in it may ever run."""
+    from hostile import CANARY
+    yield tmp_path / "model"
+    assert not CANARY.exists(), "something in the folder was executed"
