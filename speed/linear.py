@@ -98,6 +98,8 @@ def use(lm):
     head, matrix = lm.lm_head.weight, lm.model.layers[0].mlp.gate_proj.weight
     forced, dtype = os.environ.get("SLOT_PRODUCTS"), head.dtype
     ways = {way.__name__: way for way in WAYS.get(dtype, (plain,))}
+    if head.is_cpu and head.numel() < SMALL:
+        torch.set_num_threads(1)                        # done before a second thread has begun
     if not head.is_cpu or forced == "plain" or (head.numel() < SMALL and not forced):
         return "plain"
     part = head[:max(SMALL // head.shape[1], 1) * 8]    # enough of the head to tell
