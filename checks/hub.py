@@ -30,7 +30,7 @@ def find_in_hub(name):
     except (OSError, ValueError):                       # missing, empty, a pipe, anything else
         commit = "none"
     snapshot = repo / "snapshots" / commit
-    if re.fullmatch("[0-9a-f]{6,64}", commit) and (snapshot / "config.json").exists():
+    if re.fullmatch("[0-9a-f]{6,64}", commit) and os.path.exists(snapshot / "config.json"):
         return snapshot
     try:
         from huggingface_hub import snapshot_download
