@@ -41,4 +41,4 @@ def find_in_hub(name):
                f"hf download {show(name, 100)[1:-1]} {patterns}")
     except Exception as error:                          # its many kinds of error share no class
         why = f"could not be fetched ({show(' '.join(str(error).split()), 160)})"
-    raise FileNotFoundError(f"--model {show(name, 100)}: {why}")
+    raise FileNotFoundError(f"--model {show(name)}: {why}")
