@@ -2,8 +2,8 @@
 
     tokens ──► decoder ──► h (1, T, d) ──► h + δ ──► W ──► logits
 
-The decoder reads the prompt once. Its hidden states h are constants from then on; δ is fitted so that
-W(h + δ) predicts the prompt itself better, and then helps with every token of the answer.
+The decoder reads the prompt once. Its hidden states h are constants from then on; δ is fitted so
+that W(h + δ) predicts the prompt itself better, and then helps with every token of the answer.
 
     (1)  z_t = W (h_t + δ)  =  W h_t + W δ                     δ = 0 is the plain model
     (2)  L(δ) = -1/(T-1) Σ_{t<T} log softmax(z_t)[x_{t+1}]     what the steps minimise
@@ -74,7 +74,7 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr, loss=prompt_loss):
             optimizer.step()
             optimizer.zero_grad()
 
-    if not delta.isfinite().all():
+    if not logits.isfinite().all():
         raise ValueError(f"SLOT: δ leaves {W.dtype}'s range at lr {lr:g}; take a lower one")
     return delta.detach(), torch.stack(losses)
 

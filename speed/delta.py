@@ -14,8 +14,8 @@ With δ the logits are z + b, where b = W δ is the same for all positions. So i
     g = Wᵀ r                                      the gradient of equation (2)           (d,)
 
 Four products with a vector, two with W and two with E, where autograd needs exponentials of n × V
-numbers. To keep the right token apart costs nothing, and counts where the model is nearly sure: p - 1
-would cancel there, o/s does not, and AdamW divides even a tiny gradient by its size.
+numbers. To keep the right token apart costs nothing, and counts where the model is nearly sure:
+p - 1 would cancel there, o/s does not, and AdamW divides even a tiny gradient by its size.
 E c is exact enough in float32 while b spreads over less than SPREAD; beyond, E is made of z + b.
 """
 import torch
@@ -56,7 +56,7 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30):
             delta.grad = transposed(r, W)[None, None]
             optimizer.step()
 
-    if not delta.isfinite().all():
+    if not b.isfinite().all():
         raise ValueError(f"SLOT: δ leaves {W.dtype}'s range at lr {lr:g}; take a lower one")
     return delta, torch.stack(losses)
 
@@ -91,4 +91,4 @@ def loss_and_difference(lm_head, blocks, b, n):
         truth.index_add_(0, x, others / s)
         # log s - log a, without cancellation where the model is nearly sure
         total += torch.where(a > others, (others / a).log1p(), s.log() - log_a).sum()
-    return total / n, (c * r - truth) / n
+    return total / n, (c * r - truth) / max(n, 1)         # n = 0: no loss, and nothing to learn
