@@ -29,21 +29,19 @@ SAFETENSORS_DTYPES = {      # all that the format defines and torch can hold
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool,
-    "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}
+    "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 def read_safetensors(path):
-    """-> {name: tensor}, each a copy-on-write view of the mapped file. ValueError when the file
-    breaks a rule of the format, FileNotFoundError when there is none."""
+    """-> {name: tensor}, copy-on-write views of the mapped file. ValueError for a bad one."""
     with open(regular_file(path), "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)   # disk never changes
     check_start(path, mapped)
-    (length,) = struct.unpack("<Q", mapped[:8])
-    header = parse_json(mapped[8:8 + length], path)
-    check_header(path, header, len(mapped) - 8 - length, SAFETENSORS_DTYPES)
+    begin_data = 8 + struct.unpack("<Q", mapped[:8])[0]
+    header = parse_json(mapped[8:begin_data], path)
+    check_header(path, header, len(mapped) - begin_data, SAFETENSORS_DTYPES)
     header.pop("__metadata__", None)
-    data = torch.frombuffer(mapped, dtype=torch.uint8)[8 + length:]     # keeps the map alive
+    data = torch.frombuffer(mapped, dtype=torch.uint8)[begin_data:]     # keeps the map alive
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
@@ -60,9 +58,9 @@ def write_safetensors(path, tensors):
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
+        offsets = [end, end := end + tensor.nbytes]
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [begin, end]}
+                        "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                     # so that the numbers begin aligned
     part = Path(f"{path}.part")
@@ -110,17 +108,15 @@ def read_config(folder):
         num_key_value_heads=given.get("num_key_value_heads", heads),
         head_dim=given.get("head_dim", given["hidden_size"] // heads),
         tie_word_embeddings=given.get("tie_word_embeddings", False),
-        qkv_bias=bias or family == "qwen2",
-        o_bias=bias,
+        qkv_bias=bias or family == "qwen2", o_bias=bias,
         mlp_bias=family == "llama" and given.get("mlp_bias", False),
-        qk_norm=family == "qwen3",
-        rope=read_rope(given),
+        qk_norm=family == "qwen3", rope=read_rope(given),
         dtype=given.get("dtype", given.get("torch_dtype", "")).removeprefix("torch.") or None)
 
 
 def read_rope(given):
-    """-> the rotary parameters as one flat dict. transformers 5 has `rope_parameters`; 4 has
-    `rope_theta` beside `rope_scaling`, where "type" may stand for "rope_type"."""
+    """-> one flat dict. transformers 5 has `rope_parameters`; 4 has `rope_theta` beside
+    `rope_scaling`, where "type" may stand for "rope_type"."""
     rope = {"rope_theta": 10000.0, "beta_fast": 32, "beta_slow": 1, "truncate": True}
     beside = ("rope_theta", "original_max_position_embeddings")
     rope |= {name: given[name] for name in beside if name in given}
@@ -135,7 +131,7 @@ def load_model(folder, device="cpu", dtype="auto"):
 
     dtype: "float32", "bfloat16", "float16", or "auto": what config.json names, else what the file
     holds. Built on the `meta` device, without memory, it takes the file's tensors as parameters.
-    Strict: every weight, no other, in its shape, or one line of ValueError or FileNotFoundError.
+    Strict: every weight, no other, in its shape, or one line of ValueError.
     """
     folder = find_model(folder)
     config = read_config(folder)
@@ -152,8 +148,7 @@ def load_model(folder, device="cpu", dtype="auto"):
     lm.tie_weights()                            # assignment has made two parameters of the one
 
     check_dtype(dtype, DTYPES)
-    if dtype == "auto":
-        dtype = config.dtype or embedding.dtype
+    dtype = config.dtype or embedding.dtype if dtype == "auto" else dtype
     dtype = DTYPES.get(str(dtype).removeprefix("torch."), torch.float32)
     for parameter in lm.parameters():           # one at a time: a copy on its way is the only extra
         parameter.data = parameter.data.to(device=device, dtype=dtype)
@@ -162,11 +157,9 @@ def load_model(folder, device="cpu", dtype="auto"):
 
 
 def find_model(name):
-    """-> the folder that is meant. `name`: a folder; a name that `python -m convert` keeps in
-    ~/.cache/slot-models; or a hub id such as Qwen/Qwen2.5-0.5B-Instruct, see checks/hub.py.
-    FileNotFoundError or ValueError with what to do."""
-    kept = cache_folder() / "slot-models" / str(name)
-    for folder in (Path(name), kept):
+    """`name`: a folder; a name that `python -m convert` keeps in ~/.cache/slot-models; or a hub id
+    such as Qwen/Qwen2.5-0.5B-Instruct, see checks/hub.py -> the folder."""
+    for folder in (Path(name), cache_folder() / "slot-models" / str(name)):
         if os.path.isdir(folder):
             return folder
     return find_in_hub(name)

@@ -16,6 +16,6 @@ def check_delta(path, kept, lm):
     if kept.keys() != {"delta", "head"}:
         raise ValueError(f"--delta {show(path, 160)}: is no file of --save-delta")
     same = kept["head"].dtype == head.dtype and torch.equal(kept["head"], head)
-    right = kept["delta"].shape == (1, 1, lm.config.hidden_size) and kept["delta"].dtype == torch.float32
-    if not (same and right):
+    right = kept["delta"].shape == (1, 1, lm.config.hidden_size)
+    if not (same and right and kept["delta"].dtype == torch.float32):
         raise ValueError(f"--delta {show(path, 160)}: was fitted to another model; fit one to this")

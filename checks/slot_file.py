@@ -6,10 +6,10 @@ import sys
 
 
 def use_slot_file(path):
-    """An argparse type: puts the file in the place of slot.py, for everything that imports it from now
-    on. An error in the file shows as Python shows it: it is the reader's own program."""
+    """An argparse type: puts the file in the place of slot.py, for all that imports it from now on.
+    An error in the file shows as Python shows it: it is the reader's own program."""
     if not os.path.isfile(path) or not path.endswith(".py"):
-        raise argparse.ArgumentTypeError(f"{path[:160]!r} is no Python file; give a copy of slot.py")
+        raise argparse.ArgumentTypeError(f"{path[:160]!r} is no Python file; copy slot.py")
     sys.path.insert(0, os.getcwd())
     spec = importlib.util.spec_from_file_location("slot", path)
     module = sys.modules["slot"] = importlib.util.module_from_spec(spec)
