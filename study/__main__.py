@@ -54,7 +54,7 @@ def parser():
     add("--control-points", type=listed(point), metavar="STEPS:X,...", help="(default: all points)")
     add("--only", choices=["loss"], help="loss: measure losses, decode nothing")
     add("--limit", type=number(int, 1, 10_000), metavar="N", help="problems a kind (tiny: 300)")
-    add("--skip", type=number(int, 0, 1 << 30), default=0, metavar="N", help="leave the first N out")
+    add("--skip", type=number(int, 0, 1 << 30), default=0, metavar="N", help="without the first N")
     add("--shots", type=number(int, 0, 100), default=0, metavar="K", help="problems solved before")
     add("--split", choices=["tune,test"], metavar="tune,test",
         help="choose the point on every other sample, report it on the rest")

@@ -150,8 +150,8 @@ class Study:
 
             losses = dict(prompt_loss=prompt.loss(change), answer_loss=answer.loss(change))
             if not all(map(math.isfinite, losses.values())):
-                raise ValueError(f"sample {i}, {setting.name}: a loss is not a finite number; lower "
-                                 "the learning rate")
+                raise ValueError(f"sample {i}, {setting.name}: a loss is not a finite number; "
+                                 "lower the learning rate")
             found[setting] = losses | dict(seconds=dict(prefill=0.0, fit=seconds, decode=0.0))
             if setting == PLAIN:
                 cosine = F.cosine_similarity(prompt.gradient(), answer.gradient(), dim=0)

@@ -247,8 +247,8 @@ def control_table(tables, args):
             right = f"{percent(table.mean(name(what, point), 'strict'))}; " if table.decoded else ""
             return right + change_of("answer_loss", what)(table, point)
         return cell
-    columns = [("SLOT" if what == "slot" else what, cell_of(what)) for what in ["slot", *args.control]]
-    return by_point(tables, args.control_points, columns)
+    columns = [(control, cell_of(control)) for control in args.control]
+    return by_point(tables, args.control_points, [("SLOT", cell_of("slot")), *columns])
 
 
 def why_table(tables, args):

@@ -170,7 +170,7 @@ def what_is_wrong(row, kinds, settings, decoded):
     if setting == "plain":
         fields["alignment"] = [float]
     for name in sorted({*row, *fields} - {"sample", "setting", "kind"}):
-        if not fits(row.get(name), fields.get(name, [])):
+        if not fits(row.get(name, ...), fields.get(name, [])):
             return f"its {name[:40]!r} is missing, unknown or wrong"
     if not all(fits(row["seconds"].get(part), [float]) for part in ("prefill", "fit", "decode")):
         return "its seconds are missing or wrong"

@@ -16,9 +16,16 @@ from study.settings import all_settings
 from study.tasks import TASKS, read_problems, tokenized
 from tokenizer import load_tokenizer
 
+try:
+    import speed.linear
+except ImportError:
+    speed = None
+
 
 def main(args):
     began, loop = time.perf_counter(), f"the loop of {args.slot_file or 'slot.py'}"
+    if args.slot_fast and not speed:
+        raise ValueError("--slot-fast needs speed/, which is not there; leave it out")
     if args.slot_fast:
         loop = "closed form"
     every = read_problems(args)
@@ -29,6 +36,8 @@ def main(args):
     folder = find_model(args.model)
     tokenizer = load_tokenizer(folder)
     lm = load_model(folder, args.device, args.dtype)
+    if speed:
+        speed.linear.use(lm)
     positions = lm.config.max_position_embeddings
     new = args.max_new_tokens or max(1, min(TASKS[args.task]["new"], positions // 4))
     problems, too_long = tokenized(args, every, tokenizer, positions - new)

@@ -1,22 +1,20 @@
 """
-stats.py against scipy 1.17.1 and statsmodels 0.15.0 (numpy 2.4.6). Each golden number stands beside the call that made it:
+study/stats.py against scipy 1.17.1 and statsmodels 0.15.0 (numpy 2.4.6). Each golden number stands beside the call that made it:
 
     wilson       statsmodels.stats.proportion.proportion_confint(k, n, method="wilson"),
                  and scipy.stats.binomtest(k, n).proportion_ci(method="wilson"), which agree to 1e-12
     sign_test    scipy.stats.binomtest(a, a + b, 0.5).pvalue
     holm         statsmodels.stats.multitest.multipletests(p, method="holm")[1]
+    bootstrap_rank  scipy.stats.spearmanr(x, y)[0], and bootstrap of it with paired=True
     bootstrap_*  scipy.stats.bootstrap(..., n_resamples=100000, method="percentile"), which differs from itself by 1e-3 from
                  seed to seed here, and so may we
 """
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stats import bootstrap_mean, bootstrap_ratio, holm, sign_test, wilson
+from study.stats import bootstrap_mean, bootstrap_rank, bootstrap_ratio, holm, sign_test, wilson
 
 
 @pytest.mark.parametrize("k, n, low, high", [
@@ -76,3 +74,18 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = sum(low <= 0.1 <= high for _, low, high in (bootstrap_mean(rng.normal(0.1, 1, 100)) for _ in range(60)))
     assert hits >= 52                                                                   # of 60; 57 expected, P(< 52) < 1 %
+
+
+F, G = [math.cos(5 * i) + 0.3 * d for i, d in enumerate(D)], [round(10 * e) for e in E]      # G: 6 values, most of them often
+
+
+@pytest.mark.parametrize("x, y, correlation, low, high", [(D, E, 0.9319685319347527, 0.9074, 0.9457), (D, F, 0.06379839103960176, -0.1019, 0.2276), (D, G, 0.9101494093857389, 0.8783, 0.9307)])
+def test_bootstrap_rank(x, y, correlation, low, high):
+    assert bootstrap_rank(x, y) == pytest.approx((correlation, low, high), abs=4e-3)
+    assert bootstrap_rank(x, y)[0] == pytest.approx(correlation, rel=1e-12) and bootstrap_rank(y, x)[0] == pytest.approx(correlation, rel=1e-12)
+    assert bootstrap_rank(np.exp(x), y)[0] == pytest.approx(correlation, rel=1e-12)                 # ranks alone count
+
+
+def test_bootstrap_rank_of_what_never_changes():
+    assert all(math.isnan(value) for value in bootstrap_rank([1.0] * 9, range(9)))
+    assert bootstrap_rank(range(9), range(9)) == pytest.approx((1, 1, 1)) and bootstrap_rank(range(9), range(0, -9, -1)) == pytest.approx((-1, -1, -1))

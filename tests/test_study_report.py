@@ -1,0 +1,105 @@
+"""study/report.py on results whose statistics are known."""
+import sys
+
+import pytest
+
+from study import report
+from study.__main__ import parse_arguments
+from study.stats import bootstrap_rank, sign_test, wilson
+
+FIVE = ("plain", "slot 5 0.1", "random 5 0.1", "unigram 5 0.1", "wrong-prompt 5 0.1")
+
+
+def made_up(right, loss, kind="k", n=40, settings=FIVE):
+    """Rows whose settings answer right where `right[setting]` says so, with the losses loss[setting](i)."""
+    rows = [dict(sample=i, kind=kind, setting=s, strict=right[s](i), paper=right[s](i) != (i < 3), flexible=i < 20, format=i % 4 > 0, answer_loss=loss[s](i), prompt_loss=2 + loss[s](i),
+                 tokens=10, seconds=dict(prefill=0.1, fit=0.2 * (s != "plain"), decode=0.3)) for i in range(n) for s in settings]
+    return [row | (dict(alignment=(i % 7 - 2) / 10) if row["setting"] == "plain" else {}) for row in rows for i in [row["sample"]]]
+
+
+def rows_for_report():
+    right = {"plain": lambda i: i < 10, "slot 5 0.1": lambda i: 1 <= i < 31, "random 5 0.1": lambda i: i < 10, "unigram 5 0.1": lambda i: 1 <= i < 29,
+             "wrong-prompt 5 0.1": lambda i: i < 9}
+    wave = lambda i: 0.01 * ((7 * i) % 5 - 2)
+    loss = {"plain": lambda i: 1 + i / 40, "slot 5 0.1": lambda i: 0.8 + i / 40 + wave(i), "random 5 0.1": lambda i: 1.1 + i / 40, "unigram 5 0.1": lambda i: 0.9 + i / 40,
+            "wrong-prompt 5 0.1": lambda i: 0.8 + i / 40 - wave(i)}
+    return made_up(right, loss)
+
+
+def arguments(tmp_path, *more):
+    return parse_arguments(["--steps", "5", "--lr", "0.1", "--out", str(tmp_path), *more])
+
+
+def test_summary_of_known_results(tmp_path):
+    args = arguments(tmp_path)
+    report.write(args, rows_for_report(), ["A note."])
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines() if line.startswith("| lr 0.1, 5 steps | **75.0"))
+    low, high = wilson(30, 40)
+    assert f"| **75.0 [{100 * low:.1f}, {100 * high:.1f}]** u |" in line       # 30 of 40; the unigram bias got 28, no difference
+    assert "| 21 / 1 |" in line and f"{sign_test(21, 1):.0e}" in line
+    assert "| **-0.2000 [-0.20" in line and "]** w |" in line               # the loss of the wrong prompt is as low
+    assert line.endswith("| 75.0 | 10.0 | 72.5 | 3 | 50.0 | 76.7 |")        # format; tokens; paper's rule, differs on three; flexible; 23 of 30 in the format
+    assert "1 hypotheses (1 settings, 1 kind). After Holm's correction it rose in 1 and fell in 0." in text
+    assert "These 2 gains stand in bold. A control reaches 2 of them" in text and "A note." in text
+    assert "| lr 0.1, 5 steps | 0.6000 | 0.2000 | 0.3000 | 50.0 |" in text  # 0.2 s of δ beside 0.1 + 0.3 s
+    report.write(args, rows_for_report()[::-1], ["A note."])
+    assert (tmp_path / "summary.md").read_text(encoding="utf-8") == text    # the order of the lines does not matter
+
+
+def test_alignment(tmp_path):
+    """The gain is what SLOT takes from the answer loss; here 0.2 less a small wave."""
+    report.write(arguments(tmp_path), rows_for_report(), [])
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    line = next(line for line in text.split("## Alignment")[1].splitlines() if line.startswith("| k |"))
+    losses = {(row["sample"], row["setting"]): row["answer_loss"] for row in rows_for_report()}
+    gain = [losses[i, "plain"] - losses[i, "slot 5 0.1"] for i in range(40)]
+    assert "| {:+.4f} [".format(bootstrap_rank([(i % 7 - 2) / 10 for i in range(40)], gain)[0]) in line
+    positive = [g for i, g in enumerate(gain) if i % 7 > 2]
+    assert f"| {-sum(positive) / len(positive):+.4f} [" in line and f"n = {len(positive)} |" in line and f"n = {40 - len(positive)} |" in line
+
+
+def test_only_losses(tmp_path):
+    rows = [{k: v for k, v in row.items() if k not in ("strict", "paper", "flexible", "format", "tokens")} for row in rows_for_report()]
+    report.write(arguments(tmp_path, "--only", "loss"), rows, [])
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "| plain | 1.4875 |  | 3.4875 |" in text and "| lr 0.1, 5 steps | 1.2875 | **-0.2000 [-0.20" in text
+    assert "## Controls: change of the answer loss" in text and "Accuracy" not in text and "These 1 gains" in text
+    assert report.quick(arguments(tmp_path), rows).splitlines()[1].split() == ["k", "plain", "–", "1.4875", "3.4875"]
+
+
+def test_holm_is_over_all_kinds_and_settings():
+    rows = rows_for_report() + [row | dict(kind="other", sample=100 + row["sample"]) for row in rows_for_report()]
+    tables = report.tables_of(rows)
+    p = sign_test(21, 1)
+    assert list(tables) == ["k", "other"]
+    assert report.holm_of(tables, [(5, 0.1)]) == {(table, (5, 0.1)): (p, pytest.approx(2 * p)) for table in tables.values()}
+
+
+def test_split_chooses_on_one_half_and_reports_the_other(tmp_path):
+    """Setting 1 is right on even samples only, where it is chosen; on the odd ones it is never right."""
+    names = ["plain", "slot 1 0.1", "slot 2 0.1"]
+    right = {"plain": lambda i: i % 2 == 1, "slot 1 0.1": lambda i: i % 2 == 0, "slot 2 0.1": lambda i: i % 2 == 1}
+    args = parse_arguments(["--steps", "1,2", "--lr", "0.1", "--control", "none", "--split", "tune,test", "--out", str(tmp_path)])
+    report.write(args, made_up(right, {n: lambda i: 1.0 for n in names}, settings=names), [])
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "| k | lr 0.1, 1 step | 20 | 100.0 | 0.0 [0.0, 16.1] | 0 / 20 |" in text
+    assert "| lr 0.1, 1 step | **100.0 [83.9, 100.0]** |" in text               # the tune half
+
+
+def test_without_matplotlib_the_summary_still_comes(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = report.write(arguments(tmp_path), rows_for_report(), [])
+    assert said.startswith(str(tmp_path / "summary.md")) and "no plot: matplotlib is not installed" in said
+    assert (tmp_path / "summary.md").exists() and not (tmp_path / "plot.svg").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--only", "loss"]])
+def test_plot(tmp_path, more):
+    pytest.importorskip("matplotlib")
+    args = arguments(tmp_path, *more)
+    report.write(args, rows_for_report(), [])
+    svg = (tmp_path / "plot.svg").read_bytes()
+    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and b"<svg" in svg
+    assert report.write(args, rows_for_report(), []).endswith("plot.svg, plot.png")
+    assert (tmp_path / "plot.svg").read_bytes() == svg                      # the same results, the same file
