@@ -56,7 +56,7 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr, loss=prompt_loss):
     -> delta (1, 1, d) float32, and losses (steps + 1,): before every step and, last, after all.
     ValueError if the steps lead beyond the numbers of the model's dtype.
     """
-    targets = torch.tensor(list(tokens[1:]), device=hidden.device)          # (T-1,)
+    targets = torch.tensor(list(tokens[1:]), dtype=torch.int64, device=hidden.device)   # (T-1,)
     W = lm_head.weight
     with torch.no_grad():                           # h never changes: no gradient, computed once
         Wh = lm_head(hidden[:, :-1]).float()                                # (1, T-1, V)
