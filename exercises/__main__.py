@@ -1,0 +1,179 @@
+"""The command of the course.
+
+    python -m exercises                 what there is, and what is done
+    python -m exercises start           writes exercises/work.py, once
+    python -m exercises check 8         one exercise: passed, not begun, or which mistake it is
+    python -m exercises check           all;  --json for a program that grades
+    python -m exercises hint 8          a hint; `hint 8 2` and `hint 8 3` say more
+    python -m exercises try 8           your function in the real program
+    python -m exercises export DIR      a copy of the project without solutions, to hand out
+"""
+import importlib.util
+import json
+import textwrap
+from pathlib import Path
+
+from checks.command import Parser, early_signals, number, run
+
+
+def parse_arguments(arguments=None):
+    parser = Parser(prog="python -m exercises", description="The course, from RMSNorm to SLOT.")
+    parser.add_argument("--work", metavar="FILE",
+                        help="the file with your functions (default: exercises/work.py)")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    exercise = number(int, 1, 16)
+    commands.add_parser("start", help="write exercises/work.py, once")
+    check = commands.add_parser("check", help="run one exercise, or all")
+    check.add_argument("number", nargs="?", type=exercise)
+    check.add_argument("--json", action="store_true", help="a list of results, for grading")
+    hint = commands.add_parser("hint", help="a hint to an exercise")
+    hint.add_argument("number", type=exercise)
+    hint.add_argument("which", nargs="?", type=number(int, 1, 3), default=1)
+    trial = commands.add_parser("try", help="put a function of yours into the real program")
+    trial.add_argument("number", type=exercise)
+    export = commands.add_parser("export", help="a copy of the project without solutions")
+    export.add_argument("folder")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    early_signals()
+    ARGS = parse_arguments()
+
+import torch
+
+from exercises.lessons import EXERCISES, LESSONS
+from exercises.check import check, where
+from exercises.handout import WORK, export, start
+from exercises.program import parting
+
+
+def read_work(path):
+    """The student's file as a module. ValueError if it is not there or cannot be run."""
+    path = Path(path or WORK)
+    if not path.is_file():
+        raise ValueError(f"{path} is not there; begin with: python -m exercises start")
+    spec = importlib.util.spec_from_file_location("work", path)
+    work = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(work)
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        raise ValueError(f"{path.name}, line {error.lineno}: {error.msg}: {line}") from None
+    except Exception as error:
+        raise ValueError(f"{path.name} cannot be run: {where(error, path)}") from None
+    return work
+
+
+def verdict_of(work, number):
+    exercise = EXERCISES[number]
+    function = getattr(work, exercise.solution.__name__, None)
+    return check(number, exercise, function, work.__file__), function
+
+
+def indented(text):
+    """Text four places to the right, its long lines broken."""
+    lines = []
+    for line in text.splitlines():
+        indent = line[:len(line) - len(line.lstrip())]
+        lines += textwrap.wrap(line, 96, subsequent_indent=indent) or [""]
+    return textwrap.indent("\n".join(lines), "    ")
+
+
+def show_verdict(number, verdict):
+    print(f"{number:2}  {EXERCISES[number].title}: {verdict.status}", flush=True)
+    if verdict.text:
+        print(indented(verdict.text), flush=True)
+
+
+def overview(path):
+    """All exercises, lesson by lesson, with what is done."""
+    path = Path(path or WORK)
+    work, number, done, left = read_work(path) if path.is_file() else None, 0, 0, 0
+    for lesson, exercises in LESSONS.items():
+        print(f"Lesson {lesson}")
+        for exercise in exercises:
+            number += 1
+            status = verdict_of(work, number)[0].status if work else "not begun"
+            done += status == "passed"
+            left += exercise.minutes if status != "passed" else 0
+            time = f"{exercise.level:<8}{exercise.minutes:3} min"
+            print(f"{number:4}  {exercise.title:<52}{time}   {status}")
+    print(f"{done} of {number} done; about {left / 60:.1f} hours left"
+          + ("" if work else ". Begin with: python -m exercises start"))
+
+
+def result(number, verdict):
+    return dict(exercise=number, title=EXERCISES[number].title, **verdict._asdict())
+
+
+def as_json(results):
+    return json.dumps(results, indent=1, ensure_ascii=False)
+
+
+def check_all(work, json_wanted):
+    results = []
+    for number in EXERCISES:
+        verdict, _ = verdict_of(work, number)
+        results.append(result(number, verdict))
+        if not json_wanted:
+            show_verdict(number, verdict)
+    if json_wanted:
+        print(as_json(results))
+    return all(each["status"] == "passed" for each in results)
+
+
+def try_out(work, number):
+    """A student's function in the real program, beside the project's own."""
+    exercise = EXERCISES[number]
+    function = getattr(work, exercise.solution.__name__, None)
+    if function is None:
+        raise ValueError(f"{Path(work.__file__).name} has no {exercise.solution.__name__}")
+    try:
+        own, yours = exercise.trial(function)
+    except NotImplementedError:
+        raise ValueError(f"exercise {number} is not begun") from None
+    except Exception as error:
+        raise ValueError(f"with your function in it the program stopped: "
+                         f"{where(error, work.__file__)}") from None
+    same, lines = parting(own, yours)
+    print(f"{number:2}  {exercise.title}: your {exercise.solution.__name__} in the program gives "
+          + ("the same" if same else "something else"))
+    print(indented("\n".join(lines)))
+    return same
+
+
+def main(args):
+    torch.set_num_threads(1)
+    good = True
+    if args.command is None:
+        overview(args.work)
+    elif args.command == "start":
+        print(f"written: {start()}")
+        print("Read exercise 1 there, write its body, then: python -m exercises check 1")
+    elif args.command == "hint":
+        print(textwrap.fill(EXERCISES[args.number].hints[args.which - 1], 100))
+        if args.which < 3:
+            print(f"(more: python -m exercises hint {args.number} {args.which + 1})")
+    elif args.command == "export":
+        print(f"written: {export(args.folder)}")
+    elif args.command == "try":
+        good = try_out(read_work(args.work), args.number)
+    elif args.number is None:
+        good = check_all(read_work(args.work), args.json)
+    else:
+        work = read_work(args.work)
+        verdict, function = verdict_of(work, args.number)
+        good = verdict.status == "passed"
+        if args.json:
+            print(as_json([result(args.number, verdict)]))
+        else:
+            show_verdict(args.number, verdict)
+            if good:                                            # the reward
+                print(indented(EXERCISES[args.number].reward(function)))
+    if not good:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run(main, ARGS)

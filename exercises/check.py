@@ -1,0 +1,298 @@
+"""What a student's function gives, and which mistake that is.
+
+    solution     ──┐
+    mistake 1    ──┤   all are run on the same cases       the student's results equal
+    mistake 2    ──┼─► {case: result}  ◄── compared ──►      the solution's:  passed
+    ...            │                                         a mistake's:     its name, its thought
+    two at once  ──┘                                         nobody's:        where they differ
+
+A mistake is an edit of the solution, {old text: new text}: a wrong program, one line away from the
+right one. So mistakes cannot drift from the solution, and two can be made at once. A copy that was
+handed out has neither (see handout.py): what they would give lies in answers.pt there.
+"""
+import ast
+import contextlib
+import inspect
+import itertools
+import math
+import signal
+import sys
+import textwrap
+import traceback
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+
+ANSWERS = Path(__file__).with_name("answers.pt")        # only in a copy that was handed out
+SECONDS = 20                                    # for one exercise; the solutions take less than one
+OURS = {"model", "slot", "generate", "load_weights", "tokenizer", "speed", "study", "exercises"}
+
+
+class Mistake(NamedTuple):
+    name: str                           # what was done, in a few words
+    thought: str                        # what one must have been thinking, and why it is wrong
+    edits: dict                  # of the solution's text: {old: new}; every `old` stands there once
+
+
+def call(function, *arguments):
+    return function(*arguments)
+
+
+class Exercise(NamedTuple):
+    title: str
+    minutes: int
+    level: str                          # easy, medium, hard
+    solution: Callable              # a function or class; its docstring is the exercise
+    cases: Callable                     # () -> {name: arguments}, the same ones at every call
+    reward: Callable                    # (function) -> a picture in letters
+    trial: Callable     # (function) -> what the program gives: its own, the student's
+    hints: list
+    answer: str = ""                    # to the question at the end of the text
+    mistakes: list = []
+    loops: Callable | None = None       # the same in plain Python numbers, shown to the student
+    observe: Callable = call            # (function, *arguments) -> what is compared
+    parts: tuple = ()                   # names of the parts of a result, when it is a tuple
+    forbidden: tuple = ()               # names that the student's function may not use
+    tolerance: float = 1e-5  # relative and absolute; in 16 bits four units in the last
+
+
+class Verdict(NamedTuple):
+    status: str                    # passed, not begun, mistake, wrong, error, too slow, not allowed
+    text: str = ""
+    name: str = ""          # of the mistake or mistakes
+
+
+# ---- the oracle: what right and wrong functions give
+
+def run(exercise, function):
+    """-> {case: result}, or an exception's text; and the first exception, or None."""
+    results, first, untouched = {}, None, exercise.cases()
+    for name, arguments in exercise.cases().items():
+        torch.manual_seed(0)
+        try:
+            results[name] = exercise.observe(function, *arguments)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            results[name] = f"{type(error).__name__}: {error}"
+            first = first or error
+            continue
+        for place, (now, before) in enumerate(zip(arguments, untouched[name])):
+            if isinstance(before, torch.Tensor) and difference(now, before, 0):
+                results[name] = f"argument {place + 1} is changed in place; work on a copy"
+    return results, first
+
+
+def variant(exercise, edits):
+    """The solution with its text edited -> a function, or None if the edits do not go together."""
+    node, lines = source_of(exercise.solution)
+    body_begins = node.body[0].end_lineno
+    head, body = "".join(lines[:body_begins]), "".join(lines[body_begins:])
+    for old, new in edits.items():
+        if body.count(old) != 1:
+            return None
+        body = body.replace(old, new)
+    names = dict(vars(sys.modules[exercise.solution.__module__]))
+    try:
+        exec(compile(head + body, "<mistake>", "exec"), names)
+    except SyntaxError:
+        return None
+    return names[exercise.solution.__name__]
+
+
+def source_of(function):
+    """-> the syntax tree of a function or class, and its lines."""
+    text = textwrap.dedent(inspect.getsource(function))
+    return ast.parse(text).body[0], text.splitlines(keepends=True)
+
+
+def right_results(number, exercise):
+    if ANSWERS.exists():
+        return torch.load(ANSWERS, weights_only=True)[number]["right"]
+    return run(exercise, exercise.solution)[0]
+
+
+def known_mistakes(number, exercise):
+    """Yields (name, thought, results) of wrong functions: first each mistake, then two at once."""
+    if ANSWERS.exists():
+        yield from torch.load(ANSWERS, weights_only=True)[number]["wrong"]
+        return
+    for mistake in exercise.mistakes:
+        function = variant(exercise, mistake.edits)
+        if function is None:
+            raise ValueError(f"exercise {number}: the edit of {mistake.name!r} does not fit")
+        yield mistake.name, mistake.thought, run(exercise, function)[0]
+    for a, b in itertools.combinations(exercise.mistakes, 2):
+        function = None
+        if not a.edits.keys() & b.edits.keys():
+            function = variant(exercise, a.edits | b.edits)
+        if function is not None:                            # their edits do not touch the same text
+            name = f"two at once: {a.name}; and {b.name}"
+            yield name, f"{a.thought}\n{b.thought}", run(exercise, function)[0]
+
+
+# ---- comparing
+
+def difference(got, right, tolerance):
+    """What keeps two results apart, in words, or "" if nothing does."""
+    if isinstance(right, torch.Tensor):
+        return tensor_difference(got, right, tolerance)
+    if isinstance(got, torch.Tensor) and got.ndim == 0 and not isinstance(right, str):
+        got = got.item()
+    if isinstance(right, float) and isinstance(got, (int, float)):
+        both_nan = got != got and right != right
+        if both_nan or math.isclose(got, right, rel_tol=tolerance, abs_tol=tolerance):
+            return ""
+        return f"is {got:.6g}, should be {right:.6g}"
+    if type(got) is not type(right):
+        return f"is {kind(got)}, should be {kind(right)}"
+    if isinstance(right, (list, tuple)):
+        if len(got) != len(right):
+            return f"has {len(got)} entries, should have {len(right)}"
+        found = ((i, difference(a, b, tolerance)) for i, (a, b) in enumerate(zip(got, right)))
+        return next((f"at [{i}] {words}" for i, words in found if words), "")
+    if isinstance(right, dict):
+        if got.keys() != right.keys():
+            return f"has the names {sorted(got, key=str)}, should have {sorted(right, key=str)}"
+        found = ((name, difference(got[name], right[name], tolerance)) for name in right)
+        return next((f"{name}: {words}" for name, words in found if words), "")
+    return "" if got == right else f"is {got!r}, should be {right!r}"
+
+
+def kind(value):
+    if value is None:
+        return "None (is a `return` missing?)"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{value!r}" if isinstance(value, str) else f"of type {type(value).__name__}"
+
+
+def tensor_difference(got, right, tolerance):
+    if not isinstance(got, torch.Tensor):
+        return f"is {kind(got)}, should be {kind(right)}"
+    if got.shape != right.shape:
+        return f"has shape {tuple(got.shape)}, should have {tuple(right.shape)}"
+    if got.dtype != right.dtype:
+        return f"has dtype {got.dtype}, should have {right.dtype}"
+    if right.dtype in (torch.float16, torch.bfloat16):
+        tolerance = max(tolerance, 4 * torch.finfo(right.dtype).eps)
+    got, right = got.detach().double(), right.detach().double()
+    close = torch.isclose(got, right, rtol=tolerance, atol=tolerance, equal_nan=True)
+    if close.all():
+        return ""
+    if close.numel() <= 8:
+        return f"is {rounded(got)}, should be {rounded(right)}"
+    apart = (got - right).abs().nan_to_num(nan=math.inf).masked_fill(close, 0)
+    place = tuple(int(i) for i in torch.unravel_index(apart.argmax(), apart.shape))
+    return (f"differs most at {list(place)}: {got[place]:.6g}, should be {right[place]:.6g}; "
+            f"{int(close.sum())} of {close.numel()} numbers are right")
+
+
+def rounded(tensor):
+    numbers = [float(f"{number:.4g}") for number in tensor.flatten().tolist()]
+    return numbers if tensor.ndim else numbers[0]
+
+
+def same(results, others, tolerance):
+    return not difference(results, others, tolerance)
+
+
+# ---- the verdict
+
+def check(number, exercise, function, file=None):
+    """Run a student's function, from `file`, on all cases -> Verdict."""
+    if function is None:
+        return Verdict("error", f"{exercise.solution.__name__} is not there; did you rename it?")
+    try:
+        with time_limit(SECONDS), contextlib.redirect_stdout(sys.stderr):
+            results, error = run(exercise, function)
+    except NotImplementedError:
+        return Verdict("not begun")
+    except TooLong as late:
+        return Verdict("too slow", f"not done after {SECONDS} seconds; is a loop without end?\n"
+                                   f"{where(late, file).splitlines()[0]}")
+    right = right_results(number, exercise)
+    if same(results, right, exercise.tolerance):
+        used = not_allowed(exercise, function, file)
+        return Verdict("not allowed", used) if used else Verdict("passed")
+    shown = f"\n{where(error, file)}" if error else ""
+    for name, thought, known in known_mistakes(number, exercise):
+        if same(results, known, exercise.tolerance):
+            return Verdict("mistake", f"{name}\n{thought}{shown}", name)
+    if error:
+        return Verdict("error", where(error, file))
+    return Verdict("wrong", described(exercise, results, right))
+
+
+def described(exercise, results, right):
+    """Where a wrong result that nobody knows differs from the right one."""
+    bad = [name for name in right if difference(results[name], right[name], exercise.tolerance)]
+    good = [name for name in right if name not in bad]
+    lines = [f"right in: {', '.join(good) or 'no case'}"]
+    for name in bad[:2]:
+        got, should = results[name], right[name]
+        parts = [("the result", got, should)]
+        if exercise.parts and isinstance(got, tuple) and len(got) == len(should):
+            parts = zip(exercise.parts, got, should)
+        for part, a, b in parts:
+            if words := difference(a, b, exercise.tolerance):
+                lines.append(f"wrong in: {name}: {part} {words}")
+    if bad[2:]:
+        lines.append(f"wrong in: {', '.join(bad[2:])}")
+    return "\n".join(lines)
+
+
+def where(error, file):
+    """An exception in two lines: the student's own line, and what Python says of it."""
+    message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if file and Path(frame.filename) == Path(file)]
+    if not frames:
+        return f"{message}\n(not raised in a line of yours: does the signature fit the calls?)"
+    return f"line {frames[-1].lineno}: {frames[-1].line}\n{message}"
+
+
+def not_allowed(exercise, function, file):
+    """What the student's function uses though the exercise forbids it, in words, or ""."""
+    try:
+        node, _ = source_of(function)
+        module = ast.parse(Path(file).read_text(encoding="utf-8")) if file else None
+    except (OSError, TypeError):
+        return ""
+    names = {getattr(n, "attr", getattr(n, "id", None)) for n in ast.walk(node)}
+    used = sorted(names & set(exercise.forbidden))
+    if used:
+        return f"the results are right, but the exercise is to do without {', '.join(used)}"
+    imported = set()
+    for n in ast.walk(module) if module else ():
+        if isinstance(n, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in n.names}
+        if isinstance(n, ast.ImportFrom) and n.module:
+            imported.add(n.module.split(".")[0])
+    if imported & OURS:
+        used = ", ".join(sorted(imported & OURS))
+        return f"the results are right, but {Path(file).name} imports {used}"
+    return ""
+
+
+class TooLong(BaseException):
+    """Not an Exception, so that a student's `except Exception` does not swallow it."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raises TooLong in whatever runs after so many seconds. Windows has no such alarm clock."""
+    def ring(number, frame):
+        raise TooLong
+
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

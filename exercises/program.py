@@ -1,0 +1,133 @@
+"""The real program on the embedded model, for rewards and for `try`: with the project's functions,
+or with a student's in their place."""
+import contextlib
+import functools
+import io
+import re
+from pathlib import Path
+
+import torch
+
+import generate
+from load_weights import load_model
+from tiny.problems import heldout
+from tokenizer import load_tokenizer
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+
+
+@functools.cache
+def embedded():
+    """-> the embedded model, its tokenizer, and the ids of the default prompt."""
+    lm, tokenizer = load_model(TINY), load_tokenizer(TINY)
+    return lm, tokenizer, tokenizer.chat_ids([{"role": "user", "content": default_question()}])
+
+
+def default_question():
+    return heldout("common", 1)[-1].question
+
+
+def problem_ids(tokenizer, problem):
+    """-> the ids of a problem's prompt, and of its right answer."""
+    prompt = tokenizer.chat_ids([{"role": "user", "content": problem.question}])
+    return prompt, tokenizer.encode(problem.answer)
+
+
+def shades(numbers):
+    """A row of weights from 0 to 1 in five shades of grey."""
+    return "".join(" ░▒▓█"[min(4, int(5 * number ** 0.5))] for number in numbers)
+
+
+def bar(number, of=1.0, width=30):
+    return "█" * round(width * max(0.0, min(1.0, number / of)))
+
+
+@contextlib.contextmanager
+def in_place_of(*places):
+    """For a while, replace attributes: (owner, name, new)."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    for owner, name, new in places:
+        setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        for owner, name, old in before:
+            setattr(owner, name, old)
+
+
+@torch.no_grad()
+def prompt_states(lm, prompt):
+    """-> hidden (1, T, d) of a prompt, a list of ids, and its logits (1, T, V)."""
+    hidden = lm.model(torch.tensor([prompt]))
+    return hidden, lm.lm_head(hidden)
+
+
+def answer(*options):
+    """Run generate.py with these options, without speed/ -> {what: words or numbers of it}.
+
+    It is the command itself that runs, from the files on; what it prints is not shown but compared.
+    """
+    given, answered = [], []
+
+    def note_prompt(*arguments):
+        ids = prompt_ids(*arguments)
+        given.extend(spelled(arguments[1], id) for id in ids)
+        return ids
+
+    def note_answer(tokenizer, ids, *rest):
+        got = write(tokenizer, ids, *rest)
+        answered.extend(spelled(tokenizer, id) for id in got)
+        return got
+
+    prompt_ids, write = generate.prompt_ids, generate.answer
+    places = [(generate, "prompt_ids", note_prompt), (generate, "answer", note_answer),
+              (generate, "speed", None)]
+    printed, said = io.StringIO(), io.StringIO()
+    with in_place_of(*places):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+            generate.main(generate.parse_arguments(list(options)))
+    found = {"tokens of the prompt": given, "tokens of the answer": answered}
+    for line in said.getvalue().splitlines():
+        what, *words = re.split(" {2,}| → ", line.strip())      # loss on the prompt  0.5845 → ...
+        if what in ("loss on the prompt", "more likely", "less likely"):
+            found[what] = words
+    return found
+
+
+def spelled(tokenizer, id):
+    return repr(tokenizer.decode([id]))
+
+
+def with_and_without(program, *places):
+    """-> what a program gives with the project's own functions, and with others in their place."""
+    own = program()
+    with in_place_of(*places):
+        return own, program()
+
+
+def answers_with(*places, options=("--problem", "1", "--slot-steps", "3")):
+    return with_and_without(lambda: answer(*options), *places)
+
+
+def parting(own, yours):
+    """Two results of a program -> whether they are the same, and a line for each entry."""
+    lines, same = [], True
+    for what, words in own.items():
+        others = yours[what]
+        if words == others:
+            lines.append(f"{what}: the same {len(words)}: {shortened(words)}")
+            continue
+        same = False
+        at = 0
+        while at < min(len(words), len(others)) and words[at] == others[at]:
+            at += 1
+        near = slice(max(0, at - 4), at + 3)
+        lines.append(f"{what}: they part at number {at + 1} of {len(words)}")
+        lines.append(f"  the project's own  ... {' '.join(map(str, words[near]))}")
+        lines.append(f"  yours              ... {' '.join(map(str, others[near]))}")
+    return same, lines
+
+
+def shortened(words, limit=60):
+    text = " ".join(map(str, words))
+    return text if len(text) <= limit else text[:limit] + " ..."
