@@ -16,7 +16,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from checks.command import early_signals, run
-from checks.files import show
+from checks.files import check_target, show
 from checks.options import NEW_TOKENS, TINY, parse_arguments
 from checks.prompts import check_length, check_memory, check_text, read_prompts
 
@@ -219,6 +219,8 @@ def answer_together(args, lm, tokenizer, ids, new, fit, chooses):
 def main(args):
     if args.slot_fast and not speed:
         raise ValueError("--slot-fast: there is no speed/; without it the numbers are the same")
+    if args.save_delta is not None:
+        check_target(args.save_delta)           # before the work
     prompts = read_prompts(args) or [(heldout_problem(args), args.system)]
     check_text(prompts)
     check_device(args.device)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from checks.config import check_config
-from checks.files import cache_folder, parse_json, read_json, regular_file
+from checks.files import cache_folder, check_target, parse_json, read_json, regular_file
 from checks.hub import find_in_hub
 from checks.safetensors import check_folder, check_header, check_index, check_shard, check_start
 from checks.weights import check_dtype, check_layers, check_weights
@@ -54,7 +54,8 @@ def read_safetensors(path):
 
 
 def write_safetensors(path, tensors):
-    """Write {name: tensor} as one file, whole or not at all. OSError names the file."""
+    """Write {name: tensor} as one file, whole or not at all. ValueError or OSError names it."""
+    check_target(path)
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -126,11 +127,12 @@ def read_rope(given):
     return rope
 
 
-def load_model(folder, device="cpu", dtype="auto"):
+def load_model(folder, device="cpu", dtype="auto", part=None):
     """A folder, or a name for `find_model` -> CausalLM, frozen, in evaluation mode.
 
     dtype: "float32", "bfloat16", "float16", or "auto": what config.json names, else what the file
     holds. Built on the `meta` device, without memory, it takes the file's tensors as parameters.
+    part: a function of a weight's name and the weight -> what is kept of it; see speed/parallel.py.
     Strict: every weight, no other, in its shape, or one line of ValueError.
     """
     folder = find_model(folder)
@@ -150,8 +152,10 @@ def load_model(folder, device="cpu", dtype="auto"):
     check_dtype(dtype, DTYPES)
     dtype = config.dtype or embedding.dtype if dtype == "auto" else dtype
     dtype = DTYPES.get(str(dtype).removeprefix("torch."), torch.float32)
-    for parameter in lm.parameters():           # one at a time: a copy on its way is the only extra
-        parameter.data = parameter.data.to(device=device, dtype=dtype)
+    del tensors, embedding                      # a file stays mapped while a weight is a view of it
+    for name, parameter in lm.named_parameters():   # one at a time: one copy on its way, no more
+        weight = part(name, parameter.data) if part else parameter.data
+        parameter.data = weight.to(device=device, dtype=dtype)
     lm.model.rotary_emb.to(device)
     return lm.eval().requires_grad_(False)
 

@@ -64,7 +64,19 @@ def regular_file(path):
         refuse(path, f"is {kind}, not a regular file", "put a file there")
     if status.st_size == 0:                     # so are the files of /proc, which may never end
         refuse(path, "is empty")
+    if not os.access(path, os.R_OK):
+        refuse(path, "may not be read by you", "change its permissions")
     return path
+
+
+def check_target(path):
+    """May a file be written at `path`? Asked before the work that makes it. What is no regular file
+    stays: the finished file is renamed into its place, and would take that of /dev/null."""
+    path = Path(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        refuse(path, "is there and no regular file", "give another name")
+    if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
+        refuse(path, "cannot be written, for lack of a folder or permission", "give another name")
 
 
 def foreign(head):
