@@ -30,7 +30,7 @@ KEPT = 0.75             # share of the memory for E; the rest is for work
 def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30):
     """Fit δ to one prompt: arguments and results of slot.optimize_delta.
 
-    memory: bytes, a bound on what is kept and made on the way. Where E does not fit, it is kept for
+    memory: bytes, a bound on all (n, V) that is kept or made. Where E does not fit, it is kept for
     as many positions as do, and made again in every step for the others. ValueError as there.
     """
     W = lm_head.weight
@@ -91,4 +91,5 @@ def loss_and_difference(lm_head, blocks, b, n):
         truth.index_add_(0, x, others / s)
         # log s - log a, without cancellation where the model is nearly sure
         total += torch.where(a > others, (others / a).log1p(), s.log() - log_a).sum()
+        del E                       # before the next block is made
     return total / n, (c * r - truth) / max(n, 1)         # n = 0: no loss, and nothing to learn
