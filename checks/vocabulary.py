@@ -195,7 +195,7 @@ def check_added(entries, vocab, normalize):
             must(isinstance(value, bool), path, what + "not true or false")
             must(not value or flag in ("special", "normalized"), path, what + "not implemented", USE)
         letters += len(text)
-        must(len(text) <= 500, path, f"{token} has {len(text)} characters, more than any in use")
+        must(len(text) <= 128, path, f"{token} has {len(text)} characters, more than any in use")
         must(letters <= MAX_ADDED, path, "added_tokens are longer than any in use")
 
         normalized = entry.get("normalized", not entry.get("special", False))

@@ -10,21 +10,20 @@ import heapq
 
 import regex
 
-# Models cut text into pieces first: words, digits, punctuation, white space. No token reaches across
-# two pieces. Each of these expressions matches every character of any text.
+# Before any pair is joined, expressions cut the text into pieces: words, digits, punctuation, white
+# space. No token reaches across two pieces. Those of published models are known here; no other is run.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|")
 DIGIT = r"\p{N}"
-
-# What tokenizer.json lists, each step on the pieces of the one before -> one expression that cuts
-# alike. SmolLM2 cuts out digits first, so white space ends at a digit as it does at the text's end.
 PUBLISHED = {
-    (GPT2,): GPT2,
-    (LLAMA3,): LLAMA3,                      # also R1-Distill-Llama
-    (QWEN2,): QWEN2,                        # also Qwen2.5, Qwen3, R1-Distill-Qwen
-    (DIGIT, GPT2): GPT2.replace(r" ?\p{N}+", DIGIT).replace(r"(?!\S)", r"(?![^\s\p{N}])"),
+    (GPT2,): "GPT-2",
+    (LLAMA3,): "Llama 3, R1-Distill-Llama",
+    (QWEN2,): "Qwen2, Qwen2.5, Qwen3, R1-Distill-Qwen",
+    (DIGIT, GPT2): "SmolLM2",
+    ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", DIGIT):
+        "DeepSeek-Coder",
 }
 
 # Vocabularies spell bytes as letters: printable ones as themselves, the others as U+0100, U+0101, ...
@@ -87,16 +86,23 @@ class BytePairs:
     byte before it joins pairs, so that its neighbours may be joined, and so does this class.
     """
 
-    def __init__(self, vocab, merges, expression, ignore_merges=False):
-        """vocab {letters: id}; merges ["left right", ...]; expression: cuts text into pieces;
+    def __init__(self, vocab, merges, expressions, ignore_merges=False):
+        """vocab {letters: id}; merges ["left right", ...]; expressions: one of PUBLISHED;
         ignore_merges: a piece that is a token as it stands becomes that token (Llama 3)."""
         self.vocab, self.ignore_merges = vocab, ignore_merges
         self.places = {pair: place for place, pair in enumerate(merges)}
-        self.expression = regex.compile(expression)
+        self.cuts = [regex.compile(f"({expression})") for expression in expressions]
         self.ids_of = functools.lru_cache(1 << 16)(self.ids_of)         # most pieces come again
 
     def encode(self, text):
-        return [id for piece in self.expression.findall(text) for id in self.ids_of(piece)]
+        return [id for piece in self.pieces(text) for id in self.ids_of(piece)]
+
+    def pieces(self, text):
+        """Each expression cuts the pieces of the one before; what stands between two matches is one."""
+        pieces = [text]
+        for cut in self.cuts:
+            pieces = [part for piece in pieces for part in cut.split(piece) if part]
+        return pieces
 
     def ids_of(self, piece):
         letters = to_letters(piece)

@@ -38,7 +38,7 @@ def load_tokenizer(folder):
     cuts = expressions_of(steps_of(data.get("pre_tokenizer"), "pretokenizers"))
     check_published(path, cuts, PUBLISHED)
     whole = data["model"].get("ignore_merges", False)
-    pairs = BytePairs(vocab, merges, PUBLISHED[cuts], whole)
+    pairs = BytePairs(vocab, merges, cuts, whole)
 
     # added tokens, and the bytes of every id
     normalize = compose if steps_of(data.get("normalizer"), "normalizers") else str

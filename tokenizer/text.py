@@ -11,6 +11,7 @@ files.py reads the folder, bpe.py cuts pieces and joins pairs, chat.py runs the 
 `encode` is the reference library's: "special" are the added tokens that the folder marks so; the
 others (`<think>`) are tokens wherever they stand. Nothing is added in front, as `bos_ids`.
 """
+import bisect
 import codecs
 import json
 import operator
@@ -37,19 +38,39 @@ class AddedTokens:
 
     def __init__(self, ids):
         """ids {text: id}"""
-        self.ids = ids
-        nothing = "" if ids else "(?!)"                     # an empty list would match everywhere
-        self.any = regex.compile(nothing + r"\L<texts>", texts=list(ids))
+        self.ids, self.texts = ids, sorted(ids)
+        self.longest = max(map(len, ids), default=0)
+        letters = "".join({text[0] for text in ids})
+        self.first = regex.compile(f"[{regex.escape(letters)}]" if ids else "(?!)")
+
+        # "<|x" stands before "<|x|>" in the sorted list, and only what begins with it in between.
+        self.shorter, begun = {}, [""]
+        for text in self.texts:
+            while not text.startswith(begun[-1]):
+                begun.pop()
+            self.shorter[text] = begun[-1]
+            begun.append(text)
+
+    def at(self, text, start):
+        """The longest token that stands at text[start], or ""."""
+        place = bisect.bisect(self.texts, text[start:start + self.longest])
+        found = self.texts[place - 1]
+        while not text.startswith(found, start):
+            found = self.shorter[found]
+        return found
 
     def cut(self, text, refused=frozenset()):
         """-> (text between tokens, None), (a token's text, its id), ... A refused id is none."""
-        end = 0
-        for found in self.any.finditer(text):
-            id = self.ids[found[0]]
-            if id not in refused:
-                yield text[end:found.start()], None
-                yield found[0], id
-                end = found.end()
+        end = looked = 0
+        for letter in self.first.finditer(text):
+            start = letter.start()
+            if start < looked or not (found := self.at(text, start)):
+                continue
+            looked = start + len(found)
+            if self.ids[found] not in refused:
+                yield text[end:start], None
+                yield found, self.ids[found]
+                end = looked
         yield text[end:], None
 
 
