@@ -34,16 +34,22 @@ CHATS, RUNS = range(len(GOLDEN["chats"])), range(int(VALUES["runs"]))
 
 
 @functools.cache
+def missing():
+    """Bring the model, once -> why it is not there, or None."""
+    if kept("smollm2").exists():
+        return None
+    if not find_spec("gguf"):
+        return "gguf is not installed: pip install gguf, then `python -m convert smollm2` brings the model"
+    done = subprocess.run([sys.executable, "-m", "convert", "smollm2"], cwd=HERE.parent, capture_output=True, text=True,
+                          env=os.environ | {"PIP_RETRIES": "0", "PIP_DEFAULT_TIMEOUT": "20"}, timeout=600)
+    if done.returncode and not kept("smollm2").exists():            # another process may have been faster
+        return f"no trained model: {done.stderr.strip().splitlines()[-1]}"
+
+
 def folder():
-    place = kept("smollm2")
-    if not place.exists():
-        if not find_spec("gguf"):
-            pytest.skip("gguf is not installed: pip install gguf, then `python -m convert smollm2` brings the model")
-        done = subprocess.run([sys.executable, "-m", "convert", "smollm2"], cwd=HERE.parent, capture_output=True, text=True,
-                              env=os.environ | {"PIP_RETRIES": "0", "PIP_DEFAULT_TIMEOUT": "20"}, timeout=600)
-        if done.returncode and not place.exists():              # another process may have been faster
-            pytest.skip(f"no trained model: {done.stderr.strip().splitlines()[-1]}")
-    return place
+    if missing():
+        pytest.skip(missing())
+    return kept("smollm2")
 
 
 @functools.cache
