@@ -65,7 +65,7 @@ def whole(r, W):
 def summed(r, W):
     """Wᵀ r as partial products, summed in float32: torch runs a single one on one core."""
     most = len(r) - len(r) % PARTS
-    columns = W[:most].view(PARTS, most // PARTS, -1).transpose(1, 2)       # (PARTS, d, V/PARTS)
+    columns = W[:most].view(PARTS, most // PARTS, W.shape[1]).transpose(1, 2)   # (PARTS, d, V/PARTS)
     y = torch.bmm(columns, r[:most].view(PARTS, -1, 1)).float().sum(0)[:, 0]
     return y + r[most:].float() @ W[most:].float()
 
@@ -119,7 +119,8 @@ def use(lm):
 def product(module, x):
     """What stands in the place of nn.Linear.forward: x (..., inputs) -> (..., outputs)."""
     W, b = module.weight, module.bias
-    if torch.is_grad_enabled() and (x.requires_grad or W.requires_grad):
+    trained = x.requires_grad or W.requires_grad or (b is not None and b.requires_grad)
+    if torch.is_grad_enabled() and trained:
         return F.linear(x, W, b)
     rows = x.reshape(-1, x.shape[-1])
     size = next(size for size in CLASSES if len(rows) <= size)

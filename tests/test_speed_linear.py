@@ -1,0 +1,241 @@
+"""Every way to a product is x Wᵀ + b, rounded once or twice, whichever the stopwatch picks; Wᵀ r likewise; and a
+model whose products were swapped is still the model."""
+import functools
+
+import pytest
+import torch
+import torch.nn as nn
+
+pytest.importorskip("speed.linear", reason="there is no speed/")
+
+from load_weights import load_model
+from slot import generate, optimize_delta
+from slot_cases import GOLDEN, golden_prompt, hidden_of, largest, load
+from speed import linear
+from test_model import HALF, difference, relative_rms
+from test_model import load as load_golden
+
+CLOSE = {torch.bfloat16: 0.004, torch.float16: 0.0005, torch.float32: 5e-6}
+SHAPES = [(5, 64), (100, 64), (1024, 64), (2500, 64), (4096, 64), (20001, 64), (16, 4104)]
+EVERY_WAY = [(dtype, way) for dtype, ways in linear.WAYS.items() for way in ways]
+
+ways = pytest.mark.parametrize("dtype, way", EVERY_WAY, ids=lambda x: getattr(x, "__name__", str(x)[6:]))
+dtypes = pytest.mark.parametrize("dtype", CLOSE, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.fixture(autouse=True)
+def choices(monkeypatch):
+    """What a test measures or forces ends with it."""
+    monkeypatch.setattr(linear, "chosen", {})
+    monkeypatch.delenv("SLOT_PRODUCTS", raising=False)
+
+
+def force(monkeypatch, dtype, way):
+    for size in linear.CLASSES:
+        monkeypatch.setitem(linear.chosen, (dtype, size), way)
+
+
+def swap(layer):
+    """What `use` does to a layer."""
+    layer.forward = functools.partial(linear.product, layer)
+    return layer
+
+
+def random_layer(outputs, inputs, dtype):
+    draw = torch.Generator().manual_seed(0)
+    layer = nn.Linear(inputs, outputs).requires_grad_(False).to(dtype)
+    layer.weight.data = torch.randn(outputs, inputs, generator=draw).to(dtype)
+    layer.bias.data = torch.randn(outputs, generator=draw).to(dtype)
+    return layer, draw
+
+
+@ways
+@pytest.mark.parametrize("outputs, inputs", SHAPES)
+@torch.no_grad()
+def test_products(dtype, way, outputs, inputs, monkeypatch):
+    """One row, few, many, in every shape that a decoder hands over; with a bias and without."""
+    force(monkeypatch, dtype, way)
+    layer, draw = random_layer(outputs, inputs, dtype)
+    swap(layer)
+    for rows in ((1,), (1, 1), (3, 1), (2, 20), (520,)):
+        x = torch.randn(*rows, inputs, generator=draw).to(dtype)
+        for bias in (layer.bias, None):
+            layer.bias = bias
+            y, exact = layer(x), x.double() @ layer.weight.double().T
+            if bias is not None:
+                exact += bias.double()
+            assert y.shape == (*rows, outputs) and y.dtype == dtype
+            off = relative_rms(y, exact)
+            assert off < CLOSE[dtype], f"{rows}, bias {bias is not None}: relative rms error {off:.1e}"
+
+
+@dtypes
+@pytest.mark.parametrize("way", [linear.whole, linear.summed])
+@pytest.mark.parametrize("outputs", [5, 100, 4096, 9001])
+def test_transposed_products(dtype, way, outputs, monkeypatch):
+    """Wᵀ r, float32 in and out. r as small as SLOT's: float16 would round most of it to zero."""
+    monkeypatch.setitem(linear.chosen, (dtype, "transposed"), way)
+    layer, draw = random_layer(outputs, 64, dtype)
+    for size in (1, 1e-7):
+        r = size * torch.randn(outputs, generator=draw)
+        y = linear.transposed(r, layer.weight)
+        assert y.shape == (64,) and y.dtype == torch.float32
+        off = relative_rms(y, r.double() @ layer.weight.double())
+        assert off < CLOSE[dtype], f"r of size {size}: relative rms error {off:.1e}"
+    assert (linear.transposed(torch.zeros(outputs), layer.weight) == 0).all()
+
+
+def test_a_slice_is_multiplied_without_a_copy_of_the_weight():
+    """hidden[:, :-1] is a case in which torch would copy the whole weight, once for each sample."""
+    layer = swap(nn.Linear(64, 1 << 16, bias=False).requires_grad_(False))
+    x = torch.zeros(2, 30, 64)
+    for way in linear.WAYS[torch.float32]:
+        linear.chosen.update({(torch.float32, size): way for size in linear.CLASSES})
+        cpu = torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+            layer(x[:, :-1])
+            layer(x[:1, :-1])
+            layer(x[:, -1:])
+        made = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+        assert made < 2.5 * 4 * (3 * 29 + 2) * (1 << 16), f"{way.__name__}: {made} bytes on the way"
+
+
+# ---- gradients -------------------------------------------------------------------------------------------
+
+
+@ways
+def test_gradients_are_autograds(dtype, way, monkeypatch):
+    """Of x alone where the weight is frozen, which is what the loop of slot.py asks for; of all where it is not."""
+    force(monkeypatch, dtype, way)
+    layer, draw = random_layer(100, 64, dtype)
+    swap(layer)
+    for rows in (1, 3):
+        r = torch.randn(rows, 100, generator=draw).to(dtype)
+        for frozen in (True, False):
+            layer.requires_grad_(not frozen)
+            x = torch.randn(rows, 64, generator=draw).to(dtype).requires_grad_()
+            layer(x).backward(r)
+            assert relative_rms(x.grad, r.double() @ layer.weight.double()) < CLOSE[dtype]
+            assert (layer.weight.grad is None) == (layer.bias.grad is None) == frozen
+            if not frozen:
+                assert relative_rms(layer.weight.grad, r.double().T @ x.double()) < CLOSE[dtype]
+                assert relative_rms(layer.bias.grad, r.double().sum(0)) < CLOSE[dtype]
+                layer.weight.grad = layer.bias.grad = None
+
+
+@ways
+def test_a_bias_alone_can_be_trained(dtype, way, monkeypatch):
+    """As in BitFit: the weight is frozen, its bias is not."""
+    force(monkeypatch, dtype, way)
+    for rows in (1, 3):
+        layer = swap(nn.Linear(4, 5).to(dtype))
+        layer.weight.requires_grad_(False).zero_()
+        layer(torch.ones(rows, 4, dtype=dtype)).sum().backward()
+        assert layer.bias.grad.tolist() == [rows] * 5
+
+
+# ---- a model ---------------------------------------------------------------------------------------------
+
+
+def used(name, dtype, way, monkeypatch):
+    """A golden model with its products forced -> the model, what it says of them, and the golden values."""
+    monkeypatch.setenv("SLOT_PRODUCTS", way)
+    lm = load_model(GOLDEN / name, dtype=dtype)
+    return lm, linear.use(lm), load_golden(name)[1]
+
+
+@pytest.mark.parametrize("way", ["plain", "onednn", "parts"])
+@pytest.mark.parametrize("name", ["llama2_published", "llama_biases", "qwen2", "qwen2_tied", "qwen3_tied_yarn"])
+@torch.no_grad()
+def test_models_in_float32(name, way, monkeypatch):
+    """The golden logits and greedy tokens, whichever way; as the reference library computed them."""
+    lm, said, golden = used(name, "float32", way, monkeypatch)
+    assert said == way
+    off = difference(lm(golden["prompt"]), golden["logits"])
+    assert off < 2e-4, f"{name}: logits differ by {off:.2e}"
+    for tokens, new in zip(golden["prompt"].tolist(), golden["greedy"].tolist()):
+        assert list(generate(lm, tokens, len(new))) == new
+
+
+@pytest.mark.parametrize("way", ["plain", "native", "float32"])
+@pytest.mark.parametrize("name", HALF)
+@torch.no_grad()
+def test_models_in_16_bits(name, way, monkeypatch):
+    lm, said, golden = used(name, "auto", way, monkeypatch)
+    assert said == way
+    allowed = {torch.bfloat16: 0.03, torch.float16: 0.005}[HALF[name]]
+    for rows in (1, 2):
+        logits = lm(golden["prompt"][:rows])
+        assert logits.dtype == HALF[name]
+        off = relative_rms(logits, golden["logits"][:rows])
+        assert off < allowed, f"{name}, {rows} rows: relative rms error {off:.2e}"
+
+
+@pytest.mark.parametrize("way", ["onednn", "parts"])
+def test_the_loop_of_slot_on_swapped_products(way, monkeypatch):
+    """Autograd goes through them: the same δ as without."""
+    lm, _, _ = used("qwen2", "float32", way, monkeypatch)
+    tokens = golden_prompt("qwen2")[0].tolist()
+    fits = []
+    for each in (lm, load(GOLDEN / "qwen2")):
+        hidden = hidden_of(each, tokens)
+        fits.append(optimize_delta(hidden, tokens, each.lm_head, 5, 0.1)[0])
+    assert largest(fits[0] - fits[1]) < 2e-5
+
+
+def test_a_small_model_keeps_its_own(monkeypatch):
+    """Nothing is timed, and nothing swapped, where any way will do."""
+    monkeypatch.setattr(linear, "fastest", None)
+    lm = load_model(GOLDEN / "qwen2", dtype="float32")
+    assert linear.use(lm) == "plain" and linear.chosen == {}
+    assert not any("forward" in vars(module) for module in lm.modules())
+
+
+@dtypes
+def test_the_stopwatch_decides(dtype, monkeypatch):
+    """Every class of rows, and the transposed product, gets the way that took least time; the values stay."""
+    monkeypatch.setattr(linear, "SMALL", 1)
+    lm = load_model(GOLDEN / "qwen2", dtype=dtype)
+    tokens = golden_prompt("qwen2")
+    with torch.no_grad():
+        before = lm(tokens)
+    last = []
+
+    def fastest(ways, call):
+        for way in ways:
+            call(way)
+        last.append(list(ways)[-1])
+        return last[-1]
+
+    monkeypatch.setattr(linear, "fastest", fastest)
+    said = linear.use(lm)
+    assert set(linear.chosen) == {(dtype, size) for size in (*linear.CLASSES, "transposed")}
+    assert said == ", ".join(sorted({way.__name__ for way in last[:-1]})) and last[-1] is linear.summed
+    with torch.no_grad():
+        assert relative_rms(lm(tokens), before) < 10 * CLOSE[dtype]
+
+
+def test_fastest(monkeypatch):
+    """The least time wins, but only by the margin; what this torch does not have never does."""
+    now = [0.0]
+    monkeypatch.setattr(linear.time, "perf_counter", lambda: now[0])
+    times = {"own": [10.0], "nearly": [9.5], "warms up": [20.0, 30.0, 5.0, 30.0]}
+
+    def call(way):
+        if way not in times:
+            raise RuntimeError("no such operation")
+        now[0] += times[way][0]
+        times[way].append(times[way].pop(0))
+
+    assert linear.fastest(["own", "nearly", "missing"], call) == "own"
+    assert linear.fastest(["own", "warms up", "missing"], call) == "warms up"
+    assert linear.fastest(["own", "missing"], call) == "own"
+
+
+def test_use_times_what_it_has(monkeypatch):
+    """For real, once: no clock is replaced."""
+    monkeypatch.setattr(linear, "SMALL", 1)
+    for name, dtype in (("qwen2", "float32"), ("llama_bf16", "auto")):
+        lm = load_model(GOLDEN / name, dtype=dtype)
+        known = {way.__name__ for way in linear.WAYS[lm.lm_head.weight.dtype]}
+        assert set(linear.use(lm).split(", ")) <= known
