@@ -25,7 +25,7 @@ def plot(args, tables):
                                 "axes.spines.right": False})
     steps = [0, *sorted({steps for steps, _ in args.points})]
     panels = {} if args.only else {"strict": "right answers, %"}
-    panels["answer_loss"] = "unseen answer: change of loss, nats/token"
+    panels["answer_loss"] = "held-out answer: change of loss, nats/token"
     figure, all_axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 5.6), squeeze=False,
                                     layout="constrained")
     for axes, (key, title) in zip(all_axes[0], panels.items()):

@@ -15,7 +15,7 @@ from study.settings import label, name
 from study.stats import bootstrap_mean, bootstrap_rank, bootstrap_ratio, holm, sign_test, wilson
 
 LETTERS = {"random": "r", "wrong-prompt": "w", "unigram": "u"}
-LOSS_HEAD = ["answer loss (unseen)", "its change [95 % CI]", "prompt loss (seen)"]
+LOSS_HEAD = ["answer loss (held out)", "its change [95 % CI]", "prompt loss (seen)"]
 ACCURACY_HEAD = ["accuracy % [95 % CI]", "fixed / broken", "p", "Holm p"]
 ANSWER_HEAD = ["format %", "tokens", "paper's scorer %", "scorers differ", "flexible scorer %",
                "right of those in format %"]
@@ -130,8 +130,8 @@ def quick(args, rows):
             setting, title = names_of(point)
             right = f"{table[setting, 'strict'].sum():.0f}/{table.count}" if table.decoded else "–"
             change = "" if point is None else interval(table.change("answer_loss", setting))
-            unseen, seen = table.mean(setting, "answer_loss"), table.mean(setting, "prompt_loss")
-            text.append(f"{kind:8} {title:18} {right:>9} {unseen:21.4f}  {change:27} {seen:18.4f}")
+            loss, seen = table.mean(setting, "answer_loss"), table.mean(setting, "prompt_loss")
+            text.append(f"{kind:8} {title:18} {right:>9} {loss:21.4f}  {change:27} {seen:18.4f}")
     return "\n".join(text)
 
 
@@ -184,7 +184,7 @@ def findings(tables, args, corrected):
     changes = [table.change("answer_loss", name("slot", point)) for table, point in tests]
     lower = [(*test, "answer_loss") for test, (_, _, high) in zip(tests, changes) if high < 0]
     higher = sum(low > 0 for _, low, _ in changes)
-    text.append("Loss on the unseen reference answer: its 95 % interval lies below 0 in "
+    text.append("Loss on the held-out answer: its 95 % interval lies below 0 in "
                 f"{len(lower)} of {len(tests)} and above 0 in {higher} (not corrected: "
                 f"{0.05 * len(tests):.1f} would stray from 0 by luck).")
     gains += lower

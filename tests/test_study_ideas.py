@@ -1,0 +1,85 @@
+"""
+The six ideas of study/README.md: each is applied to a copy of slot.py as it stands there and measured by the command that stands
+there. The figures must change, but for watching words, which must leave them as they are. And law 1: what you read is what runs.
+"""
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from study_model import ROOT, study
+
+README = (ROOT / "study/README.md").read_text(encoding="utf-8")
+SECTIONS = re.split(r"^### ", README.split("## How to try an idea of your own")[1], flags=re.M)[1:]
+IDEAS = {section.splitlines()[0]: re.findall(r"^```diff\n(.*?)^```", section, re.M | re.S) for section in SECTIONS}
+WATCHING = "Watching chosen words"
+
+
+def applied(source, patch):
+    """A block of lines that begin with " ", "-" or "+", found in the source exactly once -> the source with the change."""
+    lines = patch.splitlines(keepends=True)
+    old = "".join(line[1:] for line in lines if line[0] != "+")
+    new = "".join(line[1:] for line in lines if line[0] != "-")
+    assert source.count(old) == 1, f"these lines are not in slot.py as study/README.md has them; bring it up to date:\n{old}"
+    return source.replace(old, new)
+
+
+def measured(tmp_path, source, root=ROOT):
+    """The losses, digit for digit, and the lines that --quick prints, with `source` as --slot-file."""
+    (tmp_path / "my_slot.py").write_text(source, encoding="utf-8")
+    out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+    ended = study("--quick", "--limit", "2", "--max-new-tokens", "20", "--out", out, "--slot-file", tmp_path / "my_slot.py", root=root)
+    assert ended.returncode == 0, ended.stderr
+    losses = re.findall(r'"(?:prompt|answer)_loss": ([^,}]+)', (out / "results.jsonl").read_text())
+    table = [line for line in ended.stdout.splitlines() if line.startswith(("common", "rare", "unseen"))]
+    assert len(losses) == 2 * 18 and len(table) == 9
+    return losses, table
+
+
+@pytest.fixture(scope="module")
+def as_it_is(tmp_path_factory):
+    return measured(tmp_path_factory.mktemp("as-it-is"), (ROOT / "slot.py").read_text(encoding="utf-8"))
+
+
+def test_there_are_six():
+    assert len(IDEAS) == 6 and all(IDEAS.values()) and WATCHING in IDEAS
+
+
+@pytest.mark.parametrize("title", IDEAS)
+def test_an_idea_changes_one_place_and_the_figures(title, tmp_path, as_it_is):
+    source = (ROOT / "slot.py").read_text(encoding="utf-8")
+    for patch in IDEAS[title]:
+        source = applied(source, patch)
+    losses, table = measured(tmp_path, source)
+    plain = [line for line in table if "plain" in line]
+    assert plain == [line for line in as_it_is[1] if "plain" in line]
+    if title == WATCHING:
+        assert (losses, table) == as_it_is
+    else:
+        assert losses != as_it_is[0] and len(set(losses) - set(as_it_is[0])) > 12       # of 24 with SLOT
+
+
+@pytest.mark.parametrize("title", IDEAS)
+def test_the_table_counts_the_changed_lines(title):
+    written = sum(patch.count("\n+") + patch.startswith("+") for patch in IDEAS[title])
+    line = next(line for line in README.splitlines() if line.lower().startswith(f"| {title.lower()} |"))
+    assert int(line.split("|")[2]) == written
+
+
+def test_what_you_read_is_what_runs(tmp_path, as_it_is):
+    """Law 1: the sign of the loss reversed, in a slot file and in slot.py of a copy of the project; both commands change."""
+    source = (ROOT / "slot.py").read_text(encoding="utf-8")
+    assert source.count("nll = loss(") == 1
+    reversed_ = source.replace("nll = loss(", "nll = -loss(")
+    given = measured(tmp_path, reversed_)
+    assert given[0] != as_it_is[0] and given[1] != as_it_is[1]
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "tests", "benchmarks", "exercises", "runs"))
+    (tree / "slot.py").write_text(reversed_, encoding="utf-8")
+    ended = study("--quick", "--limit", "2", "--max-new-tokens", "20", root=tree)
+    assert [line for line in ended.stdout.splitlines() if line.startswith(("common", "rare", "unseen"))] == given[1]
+    command = [sys.executable, "generate.py", "--slot-steps", "3", "--max-new-tokens", "5"]
+    said = [subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120).stderr for folder in (ROOT, tree)]
+    before, after = ([float(x) for x in re.search(r"loss on the prompt +(.*)", text)[1].split("→")] for text in said)
+    assert before[0] == -after[0] and before[-1] < before[0] < -after[-1]
