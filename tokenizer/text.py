@@ -24,7 +24,13 @@ from checks.vocabulary import (check_id, check_marks, check_messages, check_text
 from tokenizer.chat import render
 
 
+CONTROLS = [chr(code) for code in range(32)]                # which JSON spells with other characters
 PRIVATE_USE = range(0xF0000, 0x10FFFE)          # characters that mean nothing to anybody
+
+
+def first(text):
+    """The letter that a text begins with, without its accents: a token may be typed composed or not."""
+    return unicodedata.normalize("NFD", text)[0]
 
 
 def compose(text):
@@ -177,9 +183,10 @@ class Tokenizer:
         if self.template is None:
             return self.bos_ids + self.encode(text)
         given = dict(variables, messages=messages, add_generation_prompt=add_generation_prompt)
-        used = set(json.dumps(given, ensure_ascii=False, default=str) + self.template)
+        used = {*json.dumps(given, ensure_ascii=False, default=str), *self.template, *CONTROLS}
+        begins = {first(text) for text in self.added}
+        letters = sorted(ord(letter) for letter in used if first(letter) in begins)
         marks = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-        letters = sorted({ord(text[0]) for text in self.added})
         veil = dict(zip(letters, marks))
         check_veil(letters, veil)
         hidden = veiled(given, veil)
