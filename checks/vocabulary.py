@@ -130,7 +130,8 @@ def check_vocab(path, model):
     must(isinstance(merges, list), path, f"model.merges is {show(merges)}, not a list")
     for text, id in vocab.items():
         if type(id) is not int or not 0 <= id < MAX_ID or id in seen:
-            why = "taken by another token" if id in seen else f"not from 0 to {MAX_ID - 1}"
+            taken = type(id) is int and id in seen
+            why = "taken by another token" if taken else f"not a whole number below {MAX_ID}"
             must(False, path, f"vocab: the id {show(id)} of {show(text)} is {why}")
         seen.add(id)
     for place, merge in enumerate(merges):
