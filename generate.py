@@ -97,13 +97,23 @@ def load(args):
     return lm, tokenizer
 
 
-def prompt_ids(args, tokenizer, prompt, system):
-    if args.raw:
-        return tokenizer.bos_ids + tokenizer.encode(prompt)
-    messages = [{"role": "user", "content": prompt}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    return tokenizer.chat_ids(messages)
+def prompt_ids(args, tokenizer, prompts):
+    """-> a list of ids for every prompt."""
+    found = []
+    for prompt, system, where in prompts:
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        try:
+            if args.raw:
+                found.append(tokenizer.bos_ids + tokenizer.encode(prompt))
+            else:
+                found.append(tokenizer.chat_ids(messages))
+        except ValueError as error:                         # what a chat template does not allow
+            raise ValueError(f"{where}{error}") from None
+        if len(found) % 1000 == 0:
+            say(f"prompt    {len(found):,} of {len(prompts):,} read")
+    return found
 
 
 def optimizer(args, lm):
@@ -205,6 +215,7 @@ def say_where_they_part(tokenizer, plain, steered):
 
 def answer_together(args, lm, tokenizer, ids, new, fit, chooses):
     """Some prompts in one batch, lists of ids -> their answers, texts."""
+    began = time.perf_counter()
     choose = likeliest if args.temperature == 0 else chooses
     steps = args.slot_steps or int(args.delta is not None)
     inputs = lm, ids, new, steps, args.slot_lr, choose, tokenizer.eos_ids, fit
@@ -213,6 +224,8 @@ def answer_together(args, lm, tokenizer, ids, new, fit, chooses):
         for got, id in zip(answers, step):
             if id is not None:
                 got.append(id)
+    count, seconds = sum(map(len, answers)), time.perf_counter() - began
+    say(f"batch     {len(ids)} prompts, {count} tokens in {seconds:.2f} s")
     return [tokenizer.decode(got, skip_special=True) for got in answers]
 
 
@@ -221,12 +234,12 @@ def main(args):
         raise ValueError("--slot-fast: there is no speed/; without it the numbers are the same")
     if args.save_delta is not None:
         check_target(args.save_delta)           # before the work
-    prompts = read_prompts(args) or [(heldout_problem(args), args.system)]
+    prompts = read_prompts(args) or [(heldout_problem(args), args.system, "")]
     check_text(prompts)
     check_device(args.device)
     lm, tokenizer = load(args)
-    ids = [prompt_ids(args, tokenizer, *prompt) for prompt in prompts]
-    check_length(ids, args.max_new_tokens, lm.config)
+    ids = prompt_ids(args, tokenizer, prompts)
+    check_length(ids, prompts, args.max_new_tokens, lm.config)
     longest = max(map(len, ids))
     most = lm.config.max_position_embeddings - longest
     new = args.max_new_tokens or min(NEW_TOKENS, most)
@@ -239,7 +252,7 @@ def main(args):
     chooses = [sampler(*settings, seed=args.seed + place) for place in range(len(ids))]
     together = TOGETHER if speed and len(ids) > 1 else 1
     try:
-        for place, (prompt, _) in enumerate(prompts):
+        for place, (prompt, *_) in enumerate(prompts):
             part = slice(place, place + together)
             if together > 1 and place % together == 0:
                 answers = answer_together(args, lm, tokenizer, ids[part], new, fit, chooses[part])

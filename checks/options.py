@@ -50,9 +50,9 @@ def parse_arguments(arguments=None):
 
 def check_options(parser, args):
     """Options of generate.py that do not go together."""
-    several = args.prompts or len(args.prompt) > 1
+    several = args.prompts is not None or len(args.prompt) > 1
     for wrong, why in (
-            (args.prompt and args.prompts, "give prompts or --prompts, not both"),
+            (args.prompt and args.prompts is not None, "give prompts or --prompts, not both"),
             (args.raw and args.system, "--system needs the chat template that --raw leaves out"),
             (several and args.compare, "--compare takes one prompt"),
             (several and args.save_delta, "--save-delta takes one prompt"),

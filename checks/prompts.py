@@ -1,23 +1,26 @@
 """Where prompts come from, and what may be wrong with them."""
+import codecs
 import json
 import os
 import re
 import select
 import stat
 import sys
+from pathlib import Path
 
 from checks.files import regular_file, show
 
 
 def read_prompts(args):
-    """-> [(prompt, system or None)] from --prompts, the arguments or a pipe; [] if there is none."""
-    if args.prompts:
+    """-> [(prompt, system or None, where)] from --prompts, the arguments or a pipe; [] if there is
+    none. where: what a message about it begins with, "" or the line of the file."""
+    if args.prompts is not None:
         return read_lines(args.prompts, args.system)
     texts = [read_stdin() if text == "-" else text for text in args.prompt]
     if not texts and not args.problem:
         text = piped()
         texts = [text] if text else []
-    return [(text, args.system) for text in texts]
+    return [(text, args.system, "") for text in texts]
 
 
 def read_stdin():
@@ -42,69 +45,86 @@ def piped():
 
 
 def read_lines(path, system):
-    """A file of prompts -> [(prompt, system)]. A line is {"prompt": ..., "system": ...}, a JSON string,
-    or else a prompt as it stands. ValueError names the line."""
-    try:
-        lines = regular_file(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {show(str(path), 100)}: not UTF-8 (byte {error.start})") from None
+    """A file of prompts -> [(prompt, system, where)]. A line is {"prompt": ..., "system": ...}, a
+    JSON string, or else a prompt as it stands. ValueError names the line."""
+    file = f"--prompts {show(Path(path), 100)}"
+    data = regular_file(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     found = []
-    for place, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for place, line in enumerate(data.split(b"\n"), 1):
+        where = f"{file}: line {place}: "
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = line.strip()
-        if not isinstance(entry, (str, dict)):
-            entry = line.strip()                                # a number is a prompt, too
-        if isinstance(entry, str):
-            entry = {"prompt": entry}
-        texts = all(isinstance(value, str) for value in entry.values())
-        if "prompt" not in entry or entry.keys() - {"prompt", "system"} or not texts:
-            raise ValueError(f"--prompts {show(str(path), 100)}: line {place} is {show(line, 80)}; an object "
-                             'has the texts "prompt" and, if wanted, "system", and no other key')
-        found.append((entry["prompt"], entry.get("system", system)))
+            line = line.decode().strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}not UTF-8 (byte {error.start})") from None
+        if line:
+            prompt, own = read_line(line, where)
+            found.append((prompt, system if own is None else own, where))
     if not found:
-        raise ValueError(f"--prompts {show(str(path), 100)}: holds no prompt")
+        raise ValueError(f"{file}: holds no prompt")
     return found
 
 
+def read_line(line, where):
+    """-> prompt, and system or None. What is meant to be an object must be one."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        if line.startswith('{"'):
+            raise ValueError(f"{where}begins an object and is none ({show(str(error))})") from None
+        return line, None
+    if isinstance(entry, str):
+        return entry, None
+    if not isinstance(entry, dict):                 # a number is a prompt, too
+        return line, None
+    texts = all(isinstance(value, str) for value in entry.values())
+    if "prompt" not in entry or entry.keys() - {"prompt", "system"} or not texts:
+        raise ValueError(f'{where}{show(line, 80)} has not just the texts "prompt" and, if wanted, '
+                         '"system"')
+    return entry["prompt"], entry.get("system")
+
+
 def check_text(prompts):
-    """[(prompt, system or None)]: all Unicode? Python makes half characters of bytes that are not."""
-    for text in (text for pair in prompts for text in pair if text):
-        half = re.search("[\ud800-\udfff]", text)
+    """All Unicode? Python makes half characters of bytes that are not."""
+    for prompt, system, where in prompts:
+        half = re.search("[\ud800-\udfff]", prompt + (system or ""))
         if half:
-            raise ValueError("the prompt or system text holds half a character "
-                             f"({show(half[0])} at {half.start()}); pass valid UTF-8")
+            raise ValueError(f"{where}the prompt or system text holds half a character "
+                             f"({show(half[0])}); pass valid UTF-8")
 
 
-def check_length(ids, new, config):
-    """The lists of ids, and how many new ones are asked for (None: as many as fit)."""
-    longest, most = max(map(len, ids)), config.max_position_embeddings
-    if min(map(len, ids)) == 0:
-        raise ValueError("the prompt is empty; give at least one token")
-    if longest >= most:
-        raise ValueError(f"the prompt has {longest} tokens and the model knows {most} positions "
-                         "(max_position_embeddings); shorten it, or take a model that knows more")
-    if new is not None and longest + new > most:
-        raise ValueError(f"{longest} prompt tokens and {new} new ones exceed the model's {most} positions "
-                         f"(max_position_embeddings); --max-new-tokens {most - longest} fits")
-    if any(not 0 <= id < config.vocab_size for each in ids for id in each):
-        raise ValueError(f"the prompt has a token id outside the model's vocabulary of {config.vocab_size}")
+def check_length(ids, prompts, new, config):
+    """ids: of each prompt a list. new: how many new ones are wanted; None: as many as fit."""
+    most, longest = config.max_position_embeddings, max(map(len, ids))
+    for tokens, (_, _, where) in zip(ids, prompts):
+        count = len(tokens)
+        if count == 0:
+            raise ValueError(f"{where}the prompt is empty; give at least one token")
+        if count >= most:
+            raise ValueError(f"{where}the prompt has {count} tokens and the model knows {most} "
+                             "positions (max_position_embeddings); shorten it, or take a model "
+                             "that knows more")
+        if new is not None and count + new > most:
+            raise ValueError(f"{where}{count} prompt tokens and {new} new ones exceed the model's "
+                             f"{most} positions (max_position_embeddings); --max-new-tokens "
+                             f"{max(1, most - longest)} fits")
+        if not all(0 <= id < config.vocab_size for id in tokens):
+            raise ValueError(f"{where}the prompt has a token id outside the model's vocabulary of "
+                             f"{config.vocab_size}")
 
 
 def check_memory(length, vocabulary, device):
-    """Does the readable loop of SLOT fit? It holds some four tensors of length × vocabulary in float32."""
+    """Does the readable loop of SLOT fit? It holds some four tensors of length × vocabulary in
+    float32."""
     need = 4 * 4 * length * vocabulary
     if device.startswith("cuda"):
         import torch
         free = torch.cuda.mem_get_info(device)[0]
     elif os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) << 10
+        text = Path("/proc/meminfo").read_text()
+        free = int(re.search(r"MemAvailable: *(\d+)", text)[1]) << 10
     else:
         return
     if need > free:
-        raise ValueError(f"SLOT's readable loop needs {need / 2**30:.1f} GiB for {length} tokens and {free / 2**30:.1f} "
-                         "are free; --slot-fast gives the same numbers within --slot-memory")
+        raise ValueError(f"SLOT's readable loop needs {need / 2**30:.1f} GiB for {length} tokens "
+                         f"and {free / 2**30:.1f} are free; --slot-fast gives the same numbers "
+                         "within --slot-memory")
