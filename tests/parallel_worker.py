@@ -1,0 +1,62 @@
+"""One rank of a model in parts: answers what test_speed_parallel.py asks, and writes it to a file.
+
+    RANK=0 WORLD_SIZE=2 ... python tests/parallel_worker.py OUT FOLDER FOLDER ...
+"""
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+
+import slot
+import speed.batch
+import speed.delta
+from generate import sampler
+from load_weights import load_model
+from speed import parallel
+
+STEPS, LR, NEW = 4, 0.1, 8
+
+
+def prompts_of(config):
+    """Three prompts of different lengths, so that a batch of them is padded."""
+    draw = torch.Generator().manual_seed(config.vocab_size)
+    return [torch.randint(config.vocab_size, (length,), generator=draw).tolist() for length in (11, 6, 17)]
+
+
+def answers(lm, fast, choose, rank=0):
+    """All that a model says, as tensors and lists of ids: one function for one process and for many."""
+    prompts = prompts_of(lm.config)
+    tokens, found = prompts[0], {}
+    hidden, _ = slot.prefill(lm, tokens, 0)
+    found["hidden"], found["logits"] = hidden, lm.lm_head(hidden)
+    for name, optimize in (("loop", slot.optimize_delta), ("fast", fast), ("blocks", partial(fast, memory=5000))):
+        found[f"delta {name}"], found[f"losses {name}"] = optimize(hidden, tokens, lm.lm_head, STEPS, LR)
+    found["ids plain"] = list(slot.generate(lm, tokens, NEW, choose=choose(slot.likeliest)))
+    found["ids slot"] = list(slot.generate(lm, tokens, NEW, STEPS, LR))
+    batch = list(speed.batch.generate_batch(lm, prompts, NEW, STEPS, LR))
+    found["ids batch"] = [list(column) for column in zip(*batch)]
+    drawn = slot.generate(lm, tokens, NEW, choose=choose(sampler(temperature=2.0, seed=rank)))
+    found["ids drawn"] = list(drawn)            # every rank would draw otherwise
+    return found
+
+
+def main():
+    out, *folders = sys.argv[1:]
+    parallel.start("cpu")
+    rank, found = dist.get_rank(), {}
+    for folder in folders:
+        torch.manual_seed(rank)                 # nothing may come from torch's own generator
+        lm, words = parallel.load_model(folder, dtype="float32")
+        found[folder] = answers(lm, parallel.optimize_delta_fast, parallel.agreed, rank)
+        found[folder]["words"] = words
+        found[folder]["rows"] = {name: len(weight) for name, weight in lm.named_parameters()}
+        found[folder]["heads in cache"] = lm.config.num_key_value_heads
+    torch.save(found, Path(out) / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
