@@ -14,7 +14,9 @@ import sys
 import time
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))        # missing under python -I and -P
 from checks.command import early_signals, run
 from checks.files import check_target, show
 from checks.options import NEW_TOKENS, TINY, parse_arguments
@@ -81,7 +83,7 @@ def heldout_problem(args):
     return question
 
 
-def load(args):
+def load(args, asked):
     """-> the model and its tokenizer; says what they are."""
     folder, began = find_model(args.model), time.perf_counter()
     tokenizer, lm = load_tokenizer(folder), load_model(folder, args.device, args.dtype)
@@ -91,7 +93,7 @@ def load(args):
     say(f"model     {name}: {size:,.1f} M parameters, {str(lm.lm_head.weight.dtype)[6:]}, "
         f"{args.device}, {torch.get_num_threads()} threads, products: {products}, "
         f"loaded in {time.perf_counter() - began:.2f} s")
-    if folder == TINY and (args.prompt or args.prompts):
+    if folder == TINY and asked:
         say("note      it solves word problems like those of tiny/problems.py and knows nothing "
             "else; python -m convert smollm2 brings a model to chat with")
     return lm, tokenizer
@@ -119,7 +121,7 @@ def prompt_ids(args, tokenizer, prompts):
 def optimizer(args, lm):
     """-> a function with the arguments and results of slot.optimize_delta: the loop itself, with
     --slot-fast the closed form, with --delta one that hands out what was kept."""
-    if args.delta:
+    if args.delta is not None:
         kept = read_safetensors(args.delta)
         check_delta(args.delta, kept, lm)
         return lambda *_: (kept["delta"].to(args.device), torch.zeros(0))
@@ -131,7 +133,7 @@ def optimizer(args, lm):
 def say_fit(args, lm, tokenizer, hidden, delta, losses, seconds):
     """What δ did to the prompt: the losses, and which tokens it made more and less likely."""
     way = "closed form" if args.slot_fast else "the loop of slot.py"
-    if args.delta:
+    if args.delta is not None:
         say(f"slot      δ from {show(args.delta, 160)}")
     else:
         say(f"slot      {args.slot_steps} steps, lr {args.slot_lr:g}, {way}, {seconds:.3f} s")
@@ -176,19 +178,19 @@ def answer(tokenizer, ids, new, spent):
     return got
 
 
-def answer_one(args, lm, tokenizer, tokens, new, fit, choose):
+def answer_one(args, lm, tokenizer, tokens, new, fit, draw):
     """Prefill, fit, decode; with --compare the plain answer first, from the same prefill."""
     began = time.perf_counter()
     hidden, cache = prefill(lm, tokens, new)
     spent = time.perf_counter() - began
     say(f"prompt    {len(tokens)} tokens, prefill {spent:.3f} s")
-    decoded = partial(decode, lm, hidden, cache, new, choose=choose, eos_ids=tokenizer.eos_ids)
+    decoded = partial(decode, lm, hidden, cache, new, eos_ids=tokenizer.eos_ids)
     if args.compare:
         print("--- plain ---", flush=True)
-        plain = answer(tokenizer, decoded(), new, spent)
+        plain = answer(tokenizer, decoded(choose=draw()), new, spent)
         cache.pos = len(tokens)                 # back to the end of the prompt
     delta = None
-    if args.slot_steps or args.delta:
+    if args.slot_steps or args.delta is not None:
         began = time.perf_counter()
         delta, losses = fit(hidden, tokens, lm.lm_head, args.slot_steps, args.slot_lr)
         seconds = time.perf_counter() - began
@@ -198,7 +200,7 @@ def answer_one(args, lm, tokenizer, tokens, new, fit, choose):
         write_safetensors(args.save_delta, {"delta": delta.cpu(), "head": fingerprint(lm)})
     if args.compare:
         print("--- with δ ---", flush=True)
-    steered = answer(tokenizer, decoded(delta), new, spent)
+    steered = answer(tokenizer, decoded(delta, draw()), new, spent)
     if args.compare:
         say_where_they_part(tokenizer, plain, steered)
 
@@ -213,10 +215,10 @@ def say_where_they_part(tokenizer, plain, steered):
     say(f"compare   they part at new token {at + 1}: plain {words[0]}, with δ {words[1]}")
 
 
-def answer_together(args, lm, tokenizer, ids, new, fit, chooses):
+def answer_together(args, lm, tokenizer, ids, new, fit, draws):
     """Some prompts in one batch, lists of ids -> their answers, texts."""
     began = time.perf_counter()
-    choose = likeliest if args.temperature == 0 else chooses
+    choose = likeliest if args.temperature == 0 else [draw() for draw in draws]
     steps = args.slot_steps or int(args.delta is not None)
     inputs = lm, ids, new, steps, args.slot_lr, choose, tokenizer.eos_ids, fit
     answers = [[] for _ in ids]
@@ -225,7 +227,9 @@ def answer_together(args, lm, tokenizer, ids, new, fit, chooses):
             if id is not None:
                 got.append(id)
     count, seconds = sum(map(len, answers)), time.perf_counter() - began
-    say(f"batch     {len(ids)} prompts, {count} tokens in {seconds:.2f} s")
+    cut = sum(len(got) == new for got in answers)
+    say(f"batch     {len(ids)} prompts, {count} tokens in {seconds:.2f} s; "
+        f"{cut} answers cut at {new} new tokens")
     return [tokenizer.decode(got, skip_special=True) for got in answers]
 
 
@@ -234,10 +238,11 @@ def main(args):
         raise ValueError("--slot-fast: there is no speed/; without it the numbers are the same")
     if args.save_delta is not None:
         check_target(args.save_delta)           # before the work
-    prompts = read_prompts(args) or [(heldout_problem(args), args.system, "")]
+    asked = read_prompts(args)
+    prompts = asked or [(heldout_problem(args), args.system, "")]
     check_text(prompts)
     check_device(args.device)
-    lm, tokenizer = load(args)
+    lm, tokenizer = load(args, asked)
     ids = prompt_ids(args, tokenizer, prompts)
     check_length(ids, prompts, args.max_new_tokens, lm.config)
     longest = max(map(len, ids))
@@ -249,19 +254,19 @@ def main(args):
             check_memory(longest, lm.config.vocab_size, args.device)
     fit = optimizer(args, lm)
     settings = args.temperature, args.top_k, args.top_p
-    chooses = [sampler(*settings, seed=args.seed + place) for place in range(len(ids))]
+    draws = [partial(sampler, *settings, args.seed + place) for place in range(len(ids))]
     together = TOGETHER if speed and len(ids) > 1 else 1
     try:
         for place, (prompt, *_) in enumerate(prompts):
             part = slice(place, place + together)
             if together > 1 and place % together == 0:
-                answers = answer_together(args, lm, tokenizer, ids[part], new, fit, chooses[part])
+                answers = answer_together(args, lm, tokenizer, ids[part], new, fit, draws[part])
             if len(ids) > 1:
                 print(f"--- {place + 1} of {len(ids)}: {show(prompt)} ---", flush=True)
             if together > 1:
                 print(answers[place % together], flush=True)
             else:
-                answer_one(args, lm, tokenizer, ids[place], new, fit, chooses[place])
+                answer_one(args, lm, tokenizer, ids[place], new, fit, draws[place])
     except ValueError:
         check_finite(lm)                        # the better reason, where a weight is the cause
         raise

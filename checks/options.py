@@ -41,7 +41,7 @@ def parse_arguments(arguments=None):
     args = parser.parse_args(arguments)
     if args.slot_steps is None:
         args.slot_steps = 3 if args.slot_lr else 0
-        if args.compare and not args.delta and not args.slot_lr:
+        if args.compare and args.delta is None and not args.slot_lr:
             args.slot_steps, args.slot_lr = 5, 0.1
     args.slot_lr = args.slot_lr or 0.01
     check_options(parser, args)
@@ -55,8 +55,8 @@ def check_options(parser, args):
             (args.prompt and args.prompts is not None, "give prompts or --prompts, not both"),
             (args.raw and args.system, "--system needs the chat template that --raw leaves out"),
             (several and args.compare, "--compare takes one prompt"),
-            (several and args.save_delta, "--save-delta takes one prompt"),
-            (args.delta and args.slot_steps, "--delta brings a δ; leave --slot-steps out"),
-            (args.save_delta and not args.slot_steps, "--save-delta needs --slot-steps")):
+            (several and args.save_delta is not None, "--save-delta takes one prompt"),
+            (args.delta is not None and args.slot_steps, "--delta brings a δ; leave --slot-steps out"),
+            (args.save_delta is not None and not args.slot_steps, "--save-delta needs --slot-steps")):
         if wrong:
             parser.error(why)
