@@ -15,8 +15,8 @@ from study.settings import label, name
 from study.stats import bootstrap_mean, bootstrap_rank, bootstrap_ratio, holm, sign_test, wilson
 
 LETTERS = {"random": "r", "wrong-prompt": "w", "unigram": "u"}
-LOSS_HEAD = ["answer loss (held out)", "its change [95 % CI]", "prompt loss (seen)"]
 ACCURACY_HEAD = ["accuracy % [95 % CI]", "fixed / broken", "p", "Holm p"]
+LOSS_HEAD = ["answer loss (held out)", "its change [95 % CI]", "prompt loss (seen)"]
 ANSWER_HEAD = ["format %", "tokens", "paper's scorer %", "scorers differ", "flexible scorer %",
                "right of those in format %"]
 
@@ -53,7 +53,60 @@ def tables_of(rows):
     return {kind: Table([row for row in rows if row["kind"] == kind]) for kind in kinds}
 
 
-# ---- the words of a cell
+# ---- tests
+
+def better(table, point, key, other="plain", p=None):
+    """Whether SLOT is shown to be better than another setting. p: of the sign test, corrected."""
+    slot = name("slot", point)
+    if key == "answer_loss":
+        return table.change(key, slot, other)[2] < 0
+    fixed, broken = table.flips(slot, other)
+    return fixed > broken and (sign_test(fixed, broken) if p is None else p) < 0.05
+
+
+def reached(table, point, key, args):
+    """The letters of the controls that SLOT is not shown to beat."""
+    controls = args.control if point in args.control_points else []
+    letters = [LETTERS[c] for c in controls if not better(table, point, key, name(c, point))]
+    return " ".join(sorted(letters))
+
+
+def holm_of(tables, points):
+    """{(table, point): (p, corrected p)}, one family over all; {} without answers."""
+    tests = [(table, point) for table in tables.values() for point in points if table.decoded]
+    p = [sign_test(*table.flips(name("slot", point))) for table, point in tests]
+    return dict(zip(tests, zip(p, holm(p))))
+
+
+def findings(tables, args, corrected):
+    """The result in words: counted, not chosen."""
+    tests = [(table, point) for table in tables.values() for point in args.points]
+    if not tests:
+        return ["Only the plain model was run."]
+    changes = [table.change("answer_loss", name("slot", point)) for table, point in tests]
+    higher = sum(low > 0 for _, low, _ in changes)
+    lower = [(*test, "answer_loss") for test in tests if better(*test, "answer_loss")]
+    moved = [test for test in corrected if corrected[test][1] < 0.05]
+    rose = [(*test, "strict") for test in moved if better(*test, "strict", p=corrected[test][1])]
+    text = []
+    if corrected:
+        text = [f"Accuracy: {len(tests)} hypotheses ({len(args.points)} settings, {len(tables)} "
+                f"kind{'s' * (len(tables) > 1)}). After Holm's correction it rose in {len(rose)} "
+                f"and fell in {len(moved) - len(rose)}."]
+    text.append(f"Loss on the held-out answer: its 95 % interval lies below 0 in {len(lower)} of "
+                f"{len(tests)} and above 0 in {higher} (not corrected: {0.05 * len(tests):.1f} "
+                "would stray from 0 by luck).")
+    gains = rose + lower
+    if gains:
+        text.append(f"These {len(gains)} gains stand in bold.")
+    if gains and args.control:
+        count = sum(reached(*gain, args) != "" for gain in gains)
+        marks = ", ".join(f"{LETTERS[control]} ({control})" for control in sorted(args.control))
+        text[-1] += f" A control reaches {count} of them, marked {marks}."
+    return text
+
+
+# ---- cells and tables
 
 def percent(x):
     return "–" if x != x else f"{100 * x:.1f}"
@@ -72,67 +125,10 @@ def accuracy(table, setting):
     return f"{percent(table.mean(setting, 'strict'))} [{percent(low)}, {percent(high)}]"
 
 
-def flips(table, setting):
-    return "{} / {}".format(*table.flips(setting))
-
-
 def markdown(head, rows, left=1):
     """Lines of a table whose first `left` columns are words."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * left + "---:|" * (len(head) - left)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
-
-
-# ---- the whole
-
-def write(args, rows, notes):
-    """DIR/summary.md, and the plot if matplotlib is there -> what to say about them."""
-    tables, halves = tables_of(rows), {}
-    if args.split:                                          # every other sample, for `chosen`
-        held = {sample for table in tables.values() for sample in table.samples[1::2]}
-        halves = tables_of([row for row in rows if row["sample"] in held])
-        tables = tables_of([row for row in rows if row["sample"] not in held])
-    corrected = holm_of(tables, args.points)
-    text = [f"# SLOT against the plain model: {args.task}", ""]
-    text += [f"- {line}" for line in notes + findings(tables, args, corrected)]
-
-    def section(title, lines):
-        text.extend(["", f"## {title}", "", *lines])
-
-    if halves and corrected:
-        section("Chosen on one half, reported on the other (all other tables, and the plot, are of "
-                "the first)", chosen(tables, halves, args.points))
-    for kind, table in tables.items():
-        lines = [line_of(table, args, point, corrected) for point in [None, *args.points]]
-        head = ["setting", *LOSS_HEAD]
-        if table.decoded:
-            head = ["setting", *ACCURACY_HEAD, *LOSS_HEAD, *ANSWER_HEAD]
-        section(f"{kind}: {table.count} samples", markdown(head, lines))
-    if args.points and args.control:
-        title = "Controls: accuracy %, and change of the answer loss"
-        section(title if corrected else title.replace("accuracy %, and ", ""),
-                control_table(tables, args))
-    if args.points and "unigram" in args.control:
-        section("Why: how much of it a plain unigram bias of the same norm reaches",
-                why_table(tables, args))
-    if args.points:
-        section("Alignment: the cosine of the prompt's gradient and the answer's, at δ = 0",
-                alignment_table(tables, args))
-    section("Time", time_table(rows, args.points))
-    write_whole(args.out / "summary.md", ("\n".join(text) + "\n").encode())
-    return f"{args.out / 'summary.md'}{plot(args, tables)}"
-
-
-def quick(args, rows):
-    """The result in one line a kind and setting, for the terminal."""
-    text = [f"{'':27} {'right':>9} {LOSS_HEAD[0]:>21}  {LOSS_HEAD[1]:27} {LOSS_HEAD[2]}"]
-    for kind, table in tables_of(rows).items():
-        for point in [None, *args.points]:
-            setting, title = names_of(point)
-            right = f"{table[setting, 'strict'].sum():.0f}/{table.count}" if table.decoded else "–"
-            change = "" if point is None else interval(table.change("answer_loss", setting))
-            loss, seen = table.mean(setting, "answer_loss"), table.mean(setting, "prompt_loss")
-            text.append(f"{kind:8} {title:18} {right:>9} {loss:21.4f}  {change:27} {seen:18.4f}")
-    return "\n".join(text)
 
 
 def names_of(point):
@@ -140,82 +136,26 @@ def names_of(point):
     return ("plain", "plain") if point is None else (name("slot", point), label(point))
 
 
-# ---- tests
-
-def holm_of(tables, points):
-    """{(table, point): (p, corrected p)}, one family over all; {} without answers."""
-    tests = [(table, point) for table in tables.values() for point in points if table.decoded]
-    p = [sign_test(*table.flips(name("slot", point))) for table, point in tests]
-    return dict(zip(tests, zip(p, holm(p))))
-
-
-def accuracy_gain(table, point, corrected):
-    fixed, broken = table.flips(name("slot", point))
-    return fixed > broken and corrected[table, point][1] < 0.05
-
-
-def reached(table, point, args, key):
-    """The letters of the controls that SLOT is not shown to beat."""
-    slot, letters = name("slot", point), []
-    for control in args.control if point in args.control_points else []:
-        other = name(control, point)
-        if key == "strict":
-            better, worse = table.flips(slot, other)
-            beaten = better > worse and sign_test(better, worse) < 0.05
-        else:
-            beaten = table.change(key, slot, other)[2] < 0
-        if not beaten:
-            letters.append(LETTERS[control])
-    return " ".join(sorted(letters))
-
-
-def findings(tables, args, corrected):
-    """The result in words: counted, not chosen."""
-    tests = [(table, point) for table in tables.values() for point in args.points]
-    if not tests:
-        return ["Only the plain model was run."]
-    text, gains = [], []
-    if corrected:
-        moved = [test for test in tests if corrected[test][1] < 0.05]
-        gains = [(*test, "strict") for test in moved if accuracy_gain(*test, corrected)]
-        text = [f"Accuracy: {len(tests)} hypotheses ({len(args.points)} settings, {len(tables)} "
-                f"kind{'s' * (len(tables) > 1)}). After Holm's correction it rose in {len(gains)} "
-                f"and fell in {len(moved) - len(gains)}."]
-    changes = [table.change("answer_loss", name("slot", point)) for table, point in tests]
-    lower = [(*test, "answer_loss") for test, (_, _, high) in zip(tests, changes) if high < 0]
-    higher = sum(low > 0 for _, low, _ in changes)
-    text.append("Loss on the held-out answer: its 95 % interval lies below 0 in "
-                f"{len(lower)} of {len(tests)} and above 0 in {higher} (not corrected: "
-                f"{0.05 * len(tests):.1f} would stray from 0 by luck).")
-    gains += lower
-    if gains:
-        text.append(f"These {len(gains)} gains stand in bold.")
-    if gains and args.control:
-        count = sum(reached(table, point, args, key) != "" for table, point, key in gains)
-        marks = ", ".join(f"{LETTERS[control]} ({control})" for control in sorted(args.control))
-        text[-1] += f" A control reaches {count} of them, marked {marks}."
-    return text
-
-
-# ---- tables
-
-def line_of(table, args, point, corrected):
-    """The cells of one setting."""
-    setting, title = names_of(point)
-    before, change, after = [], "", []
-    if table.decoded:
-        before, after = [accuracy(table, setting), "", "", ""], answer_cells(table, setting)
-    if table.decoded and point is not None:
-        before[1:] = flips(table, setting), *map(p_value, corrected[table, point])
-        if accuracy_gain(table, point, corrected):
-            before[0] = f"**{before[0]}** {reached(table, point, args, 'strict')}".strip()
-    if point is not None:
-        figures = table.change("answer_loss", setting)
-        change = interval(figures)
-        if figures[2] < 0:
-            change = f"**{change}** {reached(table, point, args, 'answer_loss')}".strip()
-    return [title, *before, f"{table.mean(setting, 'answer_loss'):.4f}", change,
-            f"{table.mean(setting, 'prompt_loss'):.4f}", *after]
+def main_table(table, args, corrected):
+    rows = []
+    for point in [None, *args.points]:
+        setting, title = names_of(point)
+        before, change, after = [], "", []
+        if table.decoded:
+            before, after = [accuracy(table, setting), "", "", ""], answer_cells(table, setting)
+        if table.decoded and point is not None:
+            p = corrected[table, point]
+            before[1:] = ["{} / {}".format(*table.flips(setting)), *map(p_value, p)]
+            if better(table, point, "strict", p=p[1]):
+                before[0] = f"**{before[0]}** {reached(table, point, 'strict', args)}".strip()
+        if point is not None:
+            change = interval(table.change("answer_loss", setting))
+            if better(table, point, "answer_loss"):
+                change = f"**{change}** {reached(table, point, 'answer_loss', args)}".strip()
+        losses = [f"{table.mean(setting, key):.4f}" for key in ("answer_loss", "prompt_loss")]
+        rows.append([title, *before, losses[0], change, losses[1], *after])
+    both = [ACCURACY_HEAD, ANSWER_HEAD] if table.decoded else [[], []]
+    return markdown(["setting", *both[0], *LOSS_HEAD, *both[1]], rows)
 
 
 def answer_cells(table, setting):
@@ -231,10 +171,12 @@ def answer_cells(table, setting):
 
 
 def by_point(tables, points, columns):
-    """A line a kind and point. columns: pairs of a heading and a function of (table, point)."""
-    rows = [[kind, label(point), *(cell(table, point) for _, cell in columns)]
+    """A line a kind and point. columns: {heading: function of (table, point)}; a heading's part
+    behind "|" only tells it from another."""
+    rows = [[kind, label(point), *(cell(table, point) for cell in columns.values())]
             for kind, table in tables.items() for point in points]
-    return markdown(["kind", "setting", *(heading for heading, _ in columns)], rows, left=2)
+    heads = [heading.split("|")[0] for heading in columns]
+    return markdown(["kind", "setting", *heads], rows, left=2)
 
 
 def change_of(key, what):
@@ -247,8 +189,8 @@ def control_table(tables, args):
             right = f"{percent(table.mean(name(what, point), 'strict'))}; " if table.decoded else ""
             return right + change_of("answer_loss", what)(table, point)
         return cell
-    columns = [(control, cell_of(control)) for control in args.control]
-    return by_point(tables, args.control_points, [("SLOT", cell_of("slot")), *columns])
+    columns = {"SLOT": cell_of("slot")} | {control: cell_of(control) for control in args.control}
+    return by_point(tables, args.control_points, columns)
 
 
 def why_table(tables, args):
@@ -256,12 +198,12 @@ def why_table(tables, args):
         changes = [table[name(what, point), "prompt_loss"] - table["plain", "prompt_loss"]
                    for what in ("unigram", "slot")]
         return "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * x for x in bootstrap_ratio(*changes)))
-    return by_point(tables, args.control_points, [
-        ("prompt loss, change by SLOT", change_of("prompt_loss", "slot")),
-        ("by unigram", change_of("prompt_loss", "unigram")),
-        ("share of SLOT's change", share),
-        ("answer loss, change by SLOT", change_of("answer_loss", "slot")),
-        ("by unigram", change_of("answer_loss", "unigram"))])
+    return by_point(tables, args.control_points, {
+        "prompt loss, change by SLOT": change_of("prompt_loss", "slot"),
+        "by unigram": change_of("prompt_loss", "unigram"),
+        "share of SLOT's change": share,
+        "answer loss, change by SLOT": change_of("answer_loss", "slot"),
+        "by unigram|2": change_of("answer_loss", "unigram")})
 
 
 def alignment_table(tables, args):
@@ -277,27 +219,27 @@ def alignment_table(tables, args):
             side = change(table, point)[(table["plain", "alignment"] > 0) == positive]
             return f"{interval(bootstrap_mean(side))}, n = {len(side)}" if len(side) else "–"
         return cell
-    return by_point(tables, args.points, [
-        ("rank correlation with the gain", correlation),
-        ("change of the answer loss where it is above 0", mean_where(True)),
-        ("elsewhere", mean_where(False))])
+    return by_point(tables, args.points, {
+        "rank correlation with the gain": correlation,
+        "change of the answer loss where it is above 0": mean_where(True),
+        "elsewhere": mean_where(False)})
 
 
 def chosen(tables, halves, points):
     """--split: the point with the best accuracy on the tune half (of equals the lower answer loss),
     on the test half."""
-    def merit(table, point):
-        slot = name("slot", point)
-        return table.mean(slot, "strict"), -table.mean(slot, "answer_loss")
-    best = {kind: max(points, key=lambda point: merit(tables[kind], point)) for kind in halves}
+    best = {}
+    for kind, table in tables.items():
+        merits = {point: (table.mean(name("slot", point), "strict"),
+                          -table.mean(name("slot", point), "answer_loss")) for point in points}
+        best[kind] = max(points, key=merits.get)
     p = [sign_test(*table.flips(name("slot", best[kind]))) for kind, table in halves.items()]
     rows = []
     for (kind, table), corrected in zip(halves.items(), holm(p)):
-        slot = name("slot", best[kind])
-        rows.append([kind, label(best[kind]), str(table.count),
-                     percent(table.mean("plain", "strict")), accuracy(table, slot),
-                     flips(table, slot), p_value(corrected),
-                     interval(table.change("answer_loss", slot))])
+        slot, title = names_of(best[kind])
+        rows.append([kind, title, str(table.count), percent(table.mean("plain", "strict")),
+                     accuracy(table, slot), "{} / {}".format(*table.flips(slot)),
+                     p_value(corrected), interval(table.change("answer_loss", slot))])
     return markdown(["kind", "chosen on the tune half", "n", "plain %", "SLOT % [95 % CI]",
                      "fixed / broken", "Holm p", "change of answer loss [95 % CI]"], rows, left=2)
 
@@ -306,14 +248,61 @@ def time_table(rows, points):
     def means(setting):
         seconds = [row["seconds"] for row in rows if row["setting"] == setting]
         return [np.mean([s[part] for s in seconds]) for part in ("prefill", "fit", "decode")]
-    lines = []
+    lines, plain = [], sum(means("plain"))
     for point in [None, *points]:
         setting, title = names_of(point)
-        seconds, plain = means(setting), means("plain")
-        share = percent(seconds[1] / sum(plain) if sum(plain) else np.nan)
-        lines.append([title, *(f"{s:.4f}" for s in (sum(seconds), *seconds[1:])), share])
+        prefill, fit, decode = means(setting)
+        lines.append([title, *(f"{s:.4f}" for s in (prefill + fit + decode, fit, decode)),
+                      percent(fit / plain if plain else np.nan)])
     total = sum(row["seconds"]["fit"] + row["seconds"]["decode"] for row in rows)
-    head = ["setting", "seconds a sample", "of which fitting δ", "decoding",
-            "overhead of δ, % of the plain run"]
-    return [*markdown(head, lines), "", "A share of a batch's seconds, means over all samples. All "
-            f"settings and controls together: {total:,.0f} s of fitting and decoding."]
+    return markdown(["setting", "seconds a sample", "of which fitting δ", "decoding",
+                     "overhead of δ, % of the plain run"], lines) + [
+        "", "A share of a batch's seconds, means over all samples. All settings and controls "
+        f"together: {total:,.0f} s of fitting and decoding."]
+
+
+# ---- the whole
+
+def write(args, rows, notes):
+    """DIR/summary.md, and the plot if matplotlib is there -> what to say about them."""
+    tables, sections = tables_of(rows), {}
+    if args.split:                                          # every other sample, for `chosen`
+        held = {sample for table in tables.values() for sample in table.samples[1::2]}
+        halves = tables_of([row for row in rows if row["sample"] in held])
+        tables = tables_of([row for row in rows if row["sample"] not in held])
+    corrected = holm_of(tables, args.points)
+    if args.split and corrected:
+        sections["Chosen on one half, reported on the other (all other tables, and the plot, are "
+                 "of the first)"] = chosen(tables, halves, args.points)
+    for kind, table in tables.items():
+        sections[f"{kind}: {table.count} samples"] = main_table(table, args, corrected)
+    if args.points and args.control:
+        title = "Controls: accuracy %, and change of the answer loss"
+        title = title if corrected else "Controls: change of the answer loss"
+        sections[title] = control_table(tables, args)
+    if args.points and "unigram" in args.control:
+        sections["Why: how much of it a plain unigram bias of the same norm reaches"] = why_table(
+            tables, args)
+    if args.points:
+        sections["Alignment: the cosine of the prompt's gradient and the answer's, at δ = 0"] = (
+            alignment_table(tables, args))
+    sections["Time"] = time_table(rows, args.points)
+    text = [f"# SLOT against the plain model: {args.task}", ""]
+    text += [f"- {line}" for line in notes + findings(tables, args, corrected)]
+    for title, lines in sections.items():
+        text += ["", f"## {title}", "", *lines]
+    write_whole(args.out / "summary.md", ("\n".join(text) + "\n").encode())
+    return f"{args.out / 'summary.md'}{plot(args, tables)}"
+
+
+def quick(args, rows):
+    """The result in one line a kind and setting, for the terminal."""
+    text = [f"{'':27} {'right':>9} {LOSS_HEAD[0]:>22}  {LOSS_HEAD[1]:27} {LOSS_HEAD[2]}"]
+    for kind, table in tables_of(rows).items():
+        for point in [None, *args.points]:
+            setting, title = names_of(point)
+            right = f"{table[setting, 'strict'].sum():.0f}/{table.count}" if table.decoded else "–"
+            change = "" if point is None else interval(table.change("answer_loss", setting))
+            loss, seen = table.mean(setting, "answer_loss"), table.mean(setting, "prompt_loss")
+            text.append(f"{kind:8} {title:18} {right:>9} {loss:22.4f}  {change:27} {seen:18.4f}")
+    return "\n".join(text)

@@ -76,6 +76,17 @@ def test_holm_is_over_all_kinds_and_settings():
     assert report.holm_of(tables, [(5, 0.1)]) == {(table, (5, 0.1)): (p, pytest.approx(2 * p)) for table in tables.values()}
 
 
+def test_a_gain_must_survive_the_correction(tmp_path):
+    """9 fixed and 1 broken: p is 0.021 alone and 0.043 corrected for two points, 0.064 for three."""
+    for count, bold in ((2, True), (3, False)):
+        names = ["plain", *(f"slot {k} 0.1" for k in range(1, count + 1))]
+        right = {n: lambda i: i == 0 for n in names} | {"slot 1 0.1": lambda i: 1 <= i < 10}
+        args = parse_arguments(["--steps", ",".join("123"[:count]), "--lr", "0.1", "--control", "none", "--out", str(tmp_path)])
+        report.write(args, made_up(right, {n: lambda i: 1.0 for n in names}, settings=names), [])
+        text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+        assert ("| lr 0.1, 1 step | **22.5" in text) == bold and f"it rose in {int(bold)} and fell in 0" in text
+
+
 def test_split_chooses_on_one_half_and_reports_the_other(tmp_path):
     """Setting 1 is right on even samples only, where it is chosen; on the odd ones it is never right."""
     names = ["plain", "slot 1 0.1", "slot 2 0.1"]

@@ -47,7 +47,7 @@ def test_gsm8k_file(tmp_path, tokenizer):
 
 
 def test_the_first_problems_can_be_left_out(tmp_path, tokenizer):
-    args, found = problems(tmp_path, "gsm8k", GSM8K, "--skip", "2", "--limit", "3", "--shots", "1")
+    args, found = problems(tmp_path, "gsm8k", GSM8K, "--skip", "2", "--shots", "1")
     asked, _ = tokenized(args, found, tokenizer, 10_000)
     assert [p.question for p in asked] == [p["question"] for p in GSM8K[2:5]]
     args, found = problems(tmp_path, "gsm8k", GSM8K, "--skip", "6")
