@@ -24,6 +24,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 class Parser(argparse.ArgumentParser):
     def __init__(self, **more):
         super().__init__(allow_abbrev=False, **more)    # --prompt would be --prompts, a file
+        try:
+            os.getcwd()                                 # torch's MKL ends the process without it
+        except OSError:
+            fail("the working folder is gone; change to one that is there")
 
     def error(self, message):
         fail(f"{message} (see --help)", status=2)       # one line instead of the whole usage
