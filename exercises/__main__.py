@@ -60,7 +60,7 @@ def read_work(path):
     except SyntaxError as error:
         line = (error.text or "").strip()
         raise ValueError(f"{path.name}, line {error.lineno}: {error.msg}: {line}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path.name} cannot be run: {where(error, path)}") from None
     return work
 
@@ -133,7 +133,7 @@ def try_out(work, number):
         own, yours = exercise.trial(function)
     except NotImplementedError:
         raise ValueError(f"exercise {number} is not begun") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"with your function in it the program stopped: "
                          f"{where(error, work.__file__)}") from None
     same, lines = parting(own, yours)

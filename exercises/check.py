@@ -12,6 +12,7 @@ handed out has neither (see handout.py): what they would give lies in answers.pt
 """
 import ast
 import contextlib
+import functools
 import inspect
 import itertools
 import math
@@ -74,7 +75,7 @@ def run(exercise, function):
             results[name] = exercise.observe(function, *arguments)
         except NotImplementedError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             results[name] = f"{type(error).__name__}: {error}"
             first = first or error
             continue
@@ -107,16 +108,22 @@ def source_of(function):
     return ast.parse(text).body[0], text.splitlines(keepends=True)
 
 
+@functools.cache
+def answers():
+    """What lies in answers.pt: {number: {"right": results, "wrong": [(name, thought, results)]}}."""
+    return torch.load(ANSWERS, weights_only=True)
+
+
 def right_results(number, exercise):
     if ANSWERS.exists():
-        return torch.load(ANSWERS, weights_only=True)[number]["right"]
+        return answers()[number]["right"]
     return run(exercise, exercise.solution)[0]
 
 
 def known_mistakes(number, exercise):
     """Yields (name, thought, results) of wrong functions: first each mistake, then two at once."""
     if ANSWERS.exists():
-        yield from torch.load(ANSWERS, weights_only=True)[number]["wrong"]
+        yield from answers()[number]["wrong"]
         return
     for mistake in exercise.mistakes:
         function = variant(exercise, mistake.edits)

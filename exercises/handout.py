@@ -90,13 +90,15 @@ def without_bodies(text, numbers):
 
 def without_solutions(text, numbers):
     """The text of a lesson file without solutions, mistakes and answers."""
+    stripped = text
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Exercise":
             for keyword in node.keywords:
                 if keyword.arg in ("mistakes", "answer"):
                     nothing = "[]" if keyword.arg == "mistakes" else '""'
-                    text = text.replace(ast.get_source_segment(text, keyword.value), nothing)
-    return without_bodies(text, numbers)
+                    value = ast.get_source_segment(text, keyword.value)
+                    stripped = stripped.replace(value, nothing)
+    return without_bodies(stripped, numbers)
 
 
 def export(folder):

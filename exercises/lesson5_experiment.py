@@ -1,4 +1,5 @@
 """Lesson V. The experiment: does SLOT help, how would one know, and when can it? See study/."""
+import functools
 import math
 import random as chance
 import re
@@ -76,16 +77,15 @@ def compare_cases():
             ("#### 875", "#### 1,875", "1875"), ("#### -5", "#### 5", "5"),
             ("#### 12.50", "#### 12", "12.5"), ("#### 7", "#### 8\n#### 7", "8"),
             ("none", "#### -40", "-40"), ("#### 3", "#### 3.0", "3")]
-    plain, slot, golds = (list(column) for column in zip(*rows))
+    written = {f"{b!r} for {gold}": ([a], [b], [gold]) for a, b, gold in rows}
     many = [0] * 14 + [1] * 20
     return {
         "the example by hand": (texts([0] * 5 + [1], 2), texts([1] * 5 + [0], 2), ["2"] * 6),
-        "how numbers are written": (plain, slot, golds),
         "9 fixed, 2 broken": (texts(many, 6), texts([1] * 9 + [0] * 7 + [1] * 18, 6), ["6"] * 34),
         "3 fixed, 3 broken": (texts([0, 0, 0, 1, 1, 1, 1], 4), texts([1, 1, 1, 0, 0, 0, 1], 4),
                               ["4"] * 7),
         "nothing changed": (texts([1, 0, 1], 4), texts([1, 0, 1], 4), ["4"] * 3),
-    }
+    } | written
 
 
 def compare_reward(compare):
@@ -106,25 +106,29 @@ def compare_reward(compare):
     return "\n".join(lines)
 
 
-def compare_trial(compare):
-    """Real answers of the embedded model, judged by the study's rules and by the student's."""
+@functools.cache
+def real_answers(steps=10, lr=0.1):
+    """The embedded model's answers, plainly and with SLOT, and the right numbers. Ten problems in
+    unseen phrasings, chosen because SLOT fixes and breaks some."""
     lm, tokenizer, _ = embedded()
-    problems = heldout("unseen", 12)
-    golds = [problem.answer.split("#### ")[-1] for problem in problems]
-    answers = {}
-    for steps in (0, 5):
-        answers[steps] = []
-        for problem in problems:
-            prompt, _ = problem_ids(tokenizer, problem)
-            new = slot.generate(lm, prompt, 80, steps, 0.1, eos_ids=tokenizer.eos_ids)
-            answers[steps].append(tokenizer.decode(list(new)))
-    plain = [strict(text, gold) for text, gold in zip(answers[0], golds)]
-    steered = [strict(text, gold) for text, gold in zip(answers[5], golds)]
-    pairs = list(zip(plain, steered))
+    problems, answers = heldout("unseen", 50)[40:], ([], [])
+    for problem in problems:
+        prompt, _ = problem_ids(tokenizer, problem)
+        for texts, number in zip(answers, (0, steps)):
+            new = slot.generate(lm, prompt, 60, number, lr, eos_ids=tokenizer.eos_ids)
+            texts.append(tokenizer.decode(list(new)))
+    return *answers, [problem.answer.split("#### ")[-1] for problem in problems]
+
+
+def compare_trial(compare):
+    """Real answers, judged by the study's rules and by the student's."""
+    plain, steered, golds = real_answers()
+    pairs = [(strict(a, gold), strict(b, gold)) for a, b, gold in zip(plain, steered, golds)]
     fixed, broken = pairs.count((False, True)), pairs.count((True, False))
-    own = [sum(plain), sum(steered), fixed, broken, sign_test(fixed, broken)]
-    what = "right plainly, right with SLOT, fixed, broken, p of 12 problems"
-    return {what: own}, {what: list(compare(answers[0], answers[5], golds))}
+    right = [sum(column) for column in zip(*pairs)]
+    what = f"right plainly, right with SLOT, fixed, broken, p of {len(golds)} problems"
+    own = [*right, fixed, broken, sign_test(fixed, broken)]
+    return {what: own}, {what: list(compare(plain, steered, golds))}
 
 
 COMPARE = Exercise(
@@ -140,7 +144,7 @@ COMPARE = Exercise(
                 "A text may correct itself: the last mark counts.",
                 {"marks[-1]": "marks[0]"}),
         Mistake("the sign is lost",
-                "-5 is not 5.",
+                "-5 is not 5: the minus sign belongs to the number.",
                 {"(-?[\\d,]*": "-?([\\d,]*"}),
         Mistake("thousands separators end the number",
                 "1,875 was read as 1.",

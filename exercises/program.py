@@ -67,20 +67,19 @@ def answer(*options):
 
     It is the command itself that runs, from the files on; what it prints is not shown but compared.
     """
-    given, answered = [], []
+    tokenizer, given, answered = embedded()[1], [], []
 
-    def note_prompt(*arguments):
-        ids = prompt_ids(*arguments)
-        given.extend(spelled(arguments[1], id) for id in ids)
-        return ids
+    def noting_prompt(lm, tokens, *rest, **options):
+        given.extend(spelled(tokenizer, id) for id in tokens)
+        return prefill(lm, tokens, *rest, **options)
 
-    def note_answer(tokenizer, ids, *rest):
-        got = write(tokenizer, ids, *rest)
-        answered.extend(spelled(tokenizer, id) for id in got)
-        return got
+    def noting_answer(*arguments, **options):
+        for id in decode(*arguments, **options):
+            answered.append(spelled(tokenizer, id))
+            yield id
 
-    prompt_ids, write = generate.prompt_ids, generate.answer
-    places = [(generate, "prompt_ids", note_prompt), (generate, "answer", note_answer),
+    prefill, decode = generate.prefill, generate.decode
+    places = [(generate, "prefill", noting_prompt), (generate, "decode", noting_answer),
               (generate, "speed", None)]
     printed, said = io.StringIO(), io.StringIO()
     with in_place_of(*places):
