@@ -148,7 +148,7 @@ def unique(pairs):
 
 def number(text):
     """An int or float of JSON. NaN and Infinity are not JSON, whatever Python thinks."""
-    if text.lstrip("-").isdigit() and len(text) < 20:
+    if text.lstrip("-").isdigit() and len(text) < 40:
         return int(text)
     if text.lstrip("-").isalpha():
         raise ValueError(f"{text} is not JSON")

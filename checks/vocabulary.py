@@ -13,8 +13,10 @@ import regex
 from checks.files import show
 
 MAX_ID = 1 << 22                # no vocabulary in use has a million tokens
-MAX_ADDED = 1 << 20             # letters of all added tokens; 20,000 in use
+MAX_ADDED, MAX_SIZES = 1 << 20, 64      # letters of all added tokens, and their lengths; 20,000, 30
 MAX_MARKS = 500                 # combining marks in a row, which cost their square; 10 in use
+CODES = *range(33, 127), *range(161, 173), *range(174, 192), *range(194, 245), *range(256, 324)
+LETTERS = set(map(chr, CODES))  # that a vocabulary has for the bytes of UTF-8
 USE = "use a Llama 3, Qwen2, Qwen3 or SmolLM2 folder"
 
 
@@ -126,8 +128,11 @@ def check_template_processing(path, step):
 def check_vocab(path, model):
     """model.vocab {letters: id} and model.merges ["a b" or ["a", "b"], ...]"""
     vocab, merges, seen = model.get("vocab"), model.get("merges"), set()
-    must(vocab and isinstance(vocab, dict), path, f"model.vocab is {show(vocab)}, not {{token: id}}")
+    right = vocab and isinstance(vocab, dict)
+    must(right, path, f"model.vocab is {show(vocab)}, not an object of tokens and ids")
     must(isinstance(merges, list), path, f"model.merges is {show(merges)}, not a list")
+    right = model.get("unk_token") is None or LETTERS <= vocab.keys()
+    must(right, path, f"model.unk_token is {show(model.get('unk_token'))}, for bytes without a token", USE)
     for text, id in vocab.items():
         if type(id) is not int or not 0 <= id < MAX_ID or id in seen:
             taken = type(id) is int and id in seen
@@ -183,7 +188,7 @@ def check_added(entries, vocab, normalize):
     normalize: what normalized text goes through; two texts that it makes alike are one.
     """
     text_of, id_of, alike = {id: text for text, id in vocab.items()}, {}, {}
-    letters = 0
+    letters, sizes = 0, set()
     for path, entry in entries:
         must(isinstance(entry, dict), path, f"added token {show(entry)} is not an object")
         text, id = entry.get("content"), entry.get("id")
@@ -194,10 +199,13 @@ def check_added(entries, vocab, normalize):
             value = entry.get(flag, False)
             what = f"{token}: {flag} is {value!r:.20}, "
             must(isinstance(value, bool), path, what + "not true or false")
-            must(not value or flag in ("special", "normalized"), path, what + "not implemented", USE)
+            known = not value or flag in ("special", "normalized")
+            must(known, path, what + "not implemented", USE)
         letters += len(text)
         must(len(text) <= 128, path, f"{token} has {len(text)} characters, more than any in use")
+        sizes.add(len(text))
         must(letters <= MAX_ADDED, path, "added_tokens are longer than any in use")
+        must(len(sizes) <= MAX_SIZES, path, "added_tokens have more lengths than any in use")
 
         normalized = entry.get("normalized", not entry.get("special", False))
         same = alike.setdefault(normalize(text) if normalized else text, text) == text
@@ -218,7 +226,7 @@ def check_ids(path, settings, name, vocab_size):
 def check_size(path, words, vocab_size):
     """The ids are rows of the model's embedding, as many as config.json says."""
     last = len(words) - 1
-    what = f"token {show(words[last])} has the id {last}, but config.json has a vocab_size of {vocab_size}"
+    what = f"token {show(words[last])} has the id {last}, but vocab_size of config.json is {vocab_size}"
     right = type(vocab_size) is not int or last < vocab_size
     must(right, path, what, "the two files must be of one model")
 

@@ -30,6 +30,12 @@ def test_read_json_reads(tmp_path):
     assert read_json(tmp_path / "link.json") == {"a": [1, 2500.0, "😀", None, {"b": -7}], "a ": True}
 
 
+def test_the_large_number_that_transformers_writes(tmp_path):
+    """"model_max_length" of most tokenizer_config.json: int(1e30)."""
+    (tmp_path / "f.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
+    assert read_json(tmp_path / "f.json") == {"model_max_length": int(1e30)}
+
+
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "dangling").symlink_to("nothing")

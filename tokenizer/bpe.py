@@ -10,8 +10,8 @@ import heapq
 
 import regex
 
-# Before any pair is joined, expressions cut the text into pieces: words, digits, punctuation, white
-# space. No token reaches across two pieces. Those of published models are known here; no other is run.
+# Expressions cut the text into pieces first: words, digits, punctuation, white space. No token goes
+# across two pieces. Those of published models are known here; no other is ever run.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -26,7 +26,7 @@ PUBLISHED = {
         "DeepSeek-Coder",
 }
 
-# Vocabularies spell bytes as letters: printable ones as themselves, the others as U+0100, U+0101, ...
+# Vocabularies spell bytes as letters: printable ones as themselves, the others U+0100, U+0101, ...
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 LETTER_OF = {byte: 256 + place for place, byte in enumerate(OTHERS)}        # space: "Ġ"
@@ -42,16 +42,12 @@ def from_letters(token):
         return token.encode()
 
 
-def to_letters(text):
-    return text.encode().decode("latin-1").translate(LETTER_OF)
-
-
 def join(letters, rank):
     """Join the neighbours of lowest rank, leftmost first, until none has a rank.
 
-    `rank(left, right)` is a number or None. As above: join("lower", rank) -> ["l", "o", "wer"]. A heap
-    and links to the neighbours make n letters cost n log n; looking at all pairs again after every
-    join would make it n².
+    `rank(left, right)` is a number or None. As above: join("lower", rank) -> ["l", "o", "wer"]. A
+    heap and links to the neighbours make n letters cost n log n, where looking at all pairs again
+    after every join would make it n².
     """
     parts = list(letters)                   # None: swallowed by the part to its left
     left = list(range(-1, len(parts) - 1))
@@ -82,8 +78,8 @@ def join(letters, rank):
 class BytePairs:
     """Text without added tokens -> ids.
 
-    SmolLM2's vocabulary lacks some bytes, as \\x04. They get no id: the reference library drops such a
-    byte before it joins pairs, so that its neighbours may be joined, and so does this class.
+    SmolLM2's vocabulary lacks some bytes, as \\x04. They get no id: the reference library drops
+    them before it joins pairs, so that their neighbours may be joined, and so does this class.
     """
 
     def __init__(self, vocab, merges, expressions, ignore_merges=False):
@@ -98,14 +94,14 @@ class BytePairs:
         return [id for piece in self.pieces(text) for id in self.ids_of(piece)]
 
     def pieces(self, text):
-        """Each expression cuts the pieces of the one before; what stands between two matches is one."""
+        """Each expression cuts the pieces of the one before, into matches and what is between."""
         pieces = [text]
         for cut in self.cuts:
             pieces = [part for piece in pieces for part in cut.split(piece) if part]
         return pieces
 
     def ids_of(self, piece):
-        letters = to_letters(piece)
+        letters = piece.encode().decode("latin-1").translate(LETTER_OF)
         if self.ignore_merges and letters in self.vocab:
             return [self.vocab[letters]]
         known = [letter for letter in letters if letter in self.vocab]

@@ -1,4 +1,4 @@
-"""A folder's chat template: a Jinja program from a stranger that turns messages into a prompt's text.
+"""A folder's chat template: a Jinja program from a stranger that turns messages into one text.
 
     render(template, {"messages": [{"role": "user", "content": "Hi"}], ...}) -> text
 
@@ -20,7 +20,7 @@ from checks.child import in_child
 WARM_UP = "{{ '<b>\\n' | striptags | wordwrap | urlize | pprint }}{{ lipsum(1) }}"
 COMPARING = ("startswith", "endswith", "split", "rsplit", "partition", "strip", "lstrip", "rstrip",
              "find", "index", "count", "replace", "removeprefix", "removesuffix")
-ended = set()                                   # templates that have ended within the child's limits
+ended = set()                                   # templates that have ended within the limits
 
 
 class Generation(jinja2.ext.Extension):
@@ -34,18 +34,17 @@ class Generation(jinja2.ext.Extension):
 
 
 def raise_exception(message):
-    raise jinja2.TemplateError(message)
+    raise ValueError(message)
 
 
-def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
+def tojson(value, ensure_ascii=False, **options):
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 @functools.lru_cache(8)
 def compiled(template, veil=()):
-    """The jinja2 template. veil ((code, mark), ...): letters to replace in what it compares with other
-    texts, as x == "a", "a" in x, x.split("a"): see Tokenizer.chat_ids."""
+    """The jinja2 template. veil ((code, mark), ...): letters to replace in what it compares with
+    other texts, as x == "a", "a" in x, x.split("a"): see Tokenizer.chat_ids."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = tojson
@@ -70,19 +69,12 @@ def render(template, variables, veil={}):
     A template that has ended once is compiled in this process, for the next children.
     """
     key = template, tuple(veil.items())
-
-    def run():
-        try:
-            return compiled(*key).render(**variables)
-        except jinja2.TemplateError as error:       # its own message, or a mistake in it
-            raise ValueError(error.message or type(error).__name__) from None
-
-    if key in ended:
-        compiled(*key)
+    compiled(WARM_UP).render()
     try:
-        compiled(WARM_UP).render()
-        text = in_child(run)
-    except ValueError as error:
-        raise ValueError(f"chat template: {error}; use another, or the prompt without one") from None
+        if key in ended:
+            compiled(*key)
+        text = in_child(lambda: compiled(*key).render(**variables))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"chat template: {error}; use another, or a prompt without") from None
     ended.add(key)
     return text

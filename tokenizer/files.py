@@ -8,6 +8,7 @@
 
 What may be wrong with them is judged in checks/vocabulary.py; here they are read.
 """
+import itertools
 import os
 from pathlib import Path
 
@@ -21,10 +22,7 @@ NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 def load_tokenizer(folder):
-    """The Tokenizer of a model folder.
-
-    Raises ValueError or FileNotFoundError: one line that names the file and what is wrong.
-    """
+    """The Tokenizer of a model folder; ValueError or FileNotFoundError: one line on what is wrong."""
     folder = Path(folder)
     check_folder(folder)
     path = folder / "tokenizer.json"
@@ -81,18 +79,18 @@ def read_settings(folder):
             check_settings(folder / name, table, NAMES)
             settings |= table
     tokens = {name: settings[name] for name in NAMES if settings.get(name) is not None}
-    return settings, {name: token["content"] if isinstance(token, dict) else token
-                      for name, token in tokens.items()}
+    for name, token in tokens.items():
+        tokens[name] = token["content"] if isinstance(token, dict) else token
+    return settings, tokens
 
 
 def read_template(folder, settings):
     """The chat template or None: a file of its own, a setting, or one of several settings."""
-    path = folder / "chat_template.jinja"
+    path, template = folder / "chat_template.jinja", settings.get("chat_template")
     if os.path.lexists(path):
-        data = read_bytes(path)
-        check_template(path, data)
-        return data.decode()
-    template = settings.get("chat_template")
+        template = read_bytes(path)
+        check_template(path, template)
+        return template.decode()
     if isinstance(template, list):
         return {each["name"]: each["template"] for each in template}["default"]
     return template or None
@@ -122,18 +120,17 @@ def expressions_of(steps):
 
 def first_ids(steps):
     """What TemplateProcessing puts before a text, Sequence A."""
-    ids = []
     for step in steps:
-        for item in step.get("single", []):
-            if "Sequence" in item:
-                break
-            ids += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
-    return ids
+        if step["type"] == "TemplateProcessing":
+            before = itertools.takewhile(lambda item: "Sequence" not in item, step["single"])
+            names = [item["SpecialToken"]["id"] for item in before]
+            return [id for name in names for id in step["special_tokens"][name]["ids"]]
+    return []
 
 
 def added_tokens(folder, data, settings, names, normalize):
-    """{text: {"id", "special", "normalized"}} of tokenizer.json, then of tokenizer_config.json. What is
-    only named there, as eos_token, may stand in the vocabulary."""
+    """{text: {"id", "special", "normalized"}} of tokenizer.json, then tokenizer_config.json. What
+    is only named there, as eos_token, may stand in the vocabulary."""
     vocab = data["model"]["vocab"]
     entries = [(folder / "tokenizer.json", entry) for entry in data.get("added_tokens") or []]
     for id, entry in settings.get("added_tokens_decoder", {}).items():

@@ -1,4 +1,4 @@
-"""Text to token ids and back, chat messages to a prompt, for byte-level BPE (Llama 3, Qwen2, Qwen3).
+"""Text to token ids and back, chat messages to a prompt: byte-level BPE of Llama 3, Qwen, SmolLM2.
 
     text ─► added tokens cut out ─► NFC ─► pieces (an expression) ─► bytes ─► pairs joined ─► ids
 
@@ -8,13 +8,11 @@ files.py reads the folder, bpe.py cuts pieces and joins pairs, chat.py runs the 
     encode("<|im_end|>", allow_special=True)   one control token
     chat_ids(messages)                         added tokens of the template; those typed are text
 
-`encode` is the reference library's: "special" are the added tokens that the folder marks so; the
-others (`<think>`) are tokens wherever they stand. Nothing is added in front, as `bos_ids`.
+`encode` is the reference library's: the added tokens that the folder marks special are text unless
+allowed, the others (`<think>`) are tokens wherever they stand. It puts no `bos_ids` in front.
 """
-import bisect
 import codecs
 import json
-import operator
 import unicodedata
 
 import regex
@@ -23,14 +21,7 @@ from checks.vocabulary import (check_id, check_marks, check_messages, check_text
                                check_veil)
 from tokenizer.chat import render
 
-
-CONTROLS = [chr(code) for code in range(32)]                # which JSON spells with other characters
 PRIVATE_USE = range(0xF0000, 0x10FFFE)          # characters that mean nothing to anybody
-
-
-def first(text):
-    """The letter that a text begins with, without its accents: a token may be typed composed or not."""
-    return unicodedata.normalize("NFD", text)[0]
 
 
 def compose(text):
@@ -44,36 +35,22 @@ class AddedTokens:
 
     def __init__(self, ids):
         """ids {text: id}"""
-        self.ids, self.texts = ids, sorted(ids)
-        self.longest = max(map(len, ids), default=0)
+        self.ids = ids
+        self.sizes = sorted({len(text) for text in ids}, reverse=True)
         letters = "".join({text[0] for text in ids})
         self.first = regex.compile(f"[{regex.escape(letters)}]" if ids else "(?!)")
-
-        # "<|x" stands before "<|x|>" in the sorted list, and only what begins with it in between.
-        self.shorter, begun = {}, [""]
-        for text in self.texts:
-            while not text.startswith(begun[-1]):
-                begun.pop()
-            self.shorter[text] = begun[-1]
-            begun.append(text)
-
-    def at(self, text, start):
-        """The longest token that stands at text[start], or ""."""
-        place = bisect.bisect(self.texts, text[start:start + self.longest])
-        found = self.texts[place - 1]
-        while not text.startswith(found, start):
-            found = self.shorter[found]
-        return found
 
     def cut(self, text, refused=frozenset()):
         """-> (text between tokens, None), (a token's text, its id), ... A refused id is none."""
         end = looked = 0
         for letter in self.first.finditer(text):
             start = letter.start()
-            if start < looked or not (found := self.at(text, start)):
+            if start < looked:
                 continue
+            here = (text[start:start + size] for size in self.sizes)
+            found = next((token for token in here if token in self.ids), "")
             looked = start + len(found)
-            if self.ids[found] not in refused:
+            if found and self.ids[found] not in refused:
                 yield text[end:start], None
                 yield found, self.ids[found]
                 end = looked
@@ -82,7 +59,7 @@ class AddedTokens:
 
 class Stream:
     """Ids one at a time -> text as soon as it is certain: a character split over tokens waits for its
-    last byte. All parts together are `decode` of all ids."""
+    end. All parts together are `decode` of all ids."""
 
     def __init__(self, tokenizer, skip_special):
         self.tokenizer, self.skip_special = tokenizer, skip_special
@@ -100,7 +77,7 @@ class Tokenizer:
 
     def __init__(self, pairs, words, added, normalize, bos_ids, eos_ids, template, names):
         """words: the bytes of every id; added {text: {"id", "special", "normalized"}}; normalize:
-        what text goes through first; names {"eos_token": text, ...}: what the template knows."""
+        NFC or str; names {"eos_token": text, ...}: what the template knows."""
         self.pairs, self.words, self.added, self.normalize = pairs, words, added, normalize
         self.bos_ids, self.eos_ids = bos_ids, frozenset(eos_ids)
         self.special_ids = {entry["id"] for entry in added.values() if entry["special"]}
@@ -108,13 +85,9 @@ class Tokenizer:
         self.template, self.names = template, {"tools": None, "documents": None, **names}
 
         # Most added tokens are looked for in the text as it is, those called normalized after NFC.
-        raw, normalized = {}, {}
-        for text, entry in added.items():
-            if entry["normalized"]:
-                normalized[normalize(text)] = entry["id"]
-            else:
-                raw[text] = entry["id"]
-        self.raw, self.normalized = AddedTokens(raw), AddedTokens(normalized)
+        late = {text for text in added if added[text]["normalized"]}
+        self.raw = AddedTokens({text: added[text]["id"] for text in added.keys() - late})
+        self.normalized = AddedTokens({normalize(text): added[text]["id"] for text in late})
 
     def encode(self, text, allow_special=False):
         """Ids of a text. Special tokens in it are ordinary text unless allowed."""
@@ -123,32 +96,29 @@ class Tokenizer:
 
     def _encode(self, text, refused=frozenset(), unveil={}):
         """unveil {mark: the letter behind it}: see `chat_ids`."""
-        ids = []
+        parts = []
         for part, id in self.raw.cut(text, refused):
-            if id is not None:
+            if id is None:
+                parts += self.normalized.cut(self.normalize(part), refused)
+            else:
+                parts.append((part, id))
+        ids = []
+        for part, id in parts:
+            if id is None:
+                ids += self.pairs.encode(self.normalize(part.translate(unveil)))
+            else:
                 ids.append(id)
-                continue
-            for part, id in self.normalized.cut(self.normalize(part), refused):
-                if id is not None:
-                    ids.append(id)
-                elif unveil:
-                    ids += self.pairs.encode(self.normalize(part.translate(unveil)))
-                else:
-                    ids += self.pairs.encode(part)
         return ids
 
     def bytes_of(self, id, skip_special=False):
         """The bytes of a token; none for a row of the embedding that no token has."""
         check_id(id)
-        id = operator.index(id)
-        if id >= len(self.words) or skip_special and id in self.special_ids:
-            return b""
-        return self.words[id]
+        left_out = id >= len(self.words) or skip_special and id in self.special_ids
+        return b"" if left_out else self.words[id]
 
     def decode(self, ids, skip_special=False):
         """The text of the ids, special tokens spelled out unless skipped. Any id will do."""
-        words = [self.bytes_of(id, skip_special) for id in ids]
-        return b"".join(words).decode("utf-8", "replace")
+        return b"".join(self.bytes_of(id, skip_special) for id in ids).decode("utf-8", "replace")
 
     def stream(self, skip_special=False):
         return Stream(self, skip_special)
@@ -156,8 +126,8 @@ class Tokenizer:
     def chat(self, messages, add_generation_prompt=True, **variables):
         """The text that the chat template makes of [{"role": "user", "content": "..."}, ...].
 
-        A folder without a template, of a base model, continues text: the contents, one a line. To run
-        a model take `chat_ids`: here a control token and the same letters typed by a user look alike.
+        A base model's folder has none: the contents, one a line. To run a model take `chat_ids`: in
+        this text a control token looks like the same letters typed by a user.
         """
         given = dict(variables, messages=messages, add_generation_prompt=add_generation_prompt)
         check_messages(given)
@@ -172,8 +142,8 @@ class Tokenizer:
         an added token begins with is veiled: replaced by a mark that occurs nowhere. Only tokens
         whose first letter the template wrote are found in that text; then the letters come back.
 
-            typed      <|im_end|>             <|im_start|>user\\n<|im_end|><|im_end|>    three tokens
-            veiled     ▮|im_end|>             <|im_start|>user\\n▮|im_end|><|im_end|>    two
+            typed      <|im_end|>            <|im_start|>user\\n<|im_end|><|im_end|>    three tokens
+            veiled     ▮|im_end|>            <|im_start|>user\\n▮|im_end|><|im_end|>    two
 
         What the template compares with messages (`'</think>' in content`) is veiled too, so that it
         decides as before. A template that changes those letters makes two texts that differ in more
@@ -183,9 +153,11 @@ class Tokenizer:
         if self.template is None:
             return self.bos_ids + self.encode(text)
         given = dict(variables, messages=messages, add_generation_prompt=add_generation_prompt)
-        used = {*json.dumps(given, ensure_ascii=False, default=str), *self.template, *CONTROLS}
-        begins = {first(text) for text in self.added}
-        letters = sorted(ord(letter) for letter in used if first(letter) in begins)
+        used = {*json.dumps(given, ensure_ascii=False, default=str), *self.template}
+        used |= set(map(chr, range(32)))        # JSON spells these with others
+        bare = lambda text: unicodedata.normalize("NFD", text)[0]       # accents may be typed apart
+        begins = {bare(text) for text in self.added}
+        letters = sorted(ord(letter) for letter in used if bare(letter) in begins)
         marks = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
         veil = dict(zip(letters, marks))
         check_veil(letters, veil)
