@@ -10,6 +10,7 @@ Text goes to stdout, figures to stderr. The method itself is slot.py; from Pytho
     ids = tokenizer.chat_ids([{"role": "user", "content": "..."}])
     for id in generate(lm, ids, 100, steps=3, eos_ids=tokenizer.eos_ids): ...
 """
+import os
 import sys
 import time
 from functools import partial
@@ -44,6 +45,7 @@ if find_spec("speed"):
     import speed.batch
     import speed.delta
     import speed.linear
+    import speed.parallel
 
 
 def sampler(temperature=0.0, top_k=0, top_p=1.0, seed=0):
@@ -69,6 +71,12 @@ def sampler(temperature=0.0, top_k=0, top_p=1.0, seed=0):
     return choose
 
 
+def drawer(args, seed):
+    """sampler(...) as the options say; of many ranks one draws for all."""
+    choose = sampler(args.temperature, args.top_k, args.top_p, seed)
+    return speed.parallel.agreed(choose) if args.ranks > 1 else choose
+
+
 def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
@@ -86,11 +94,16 @@ def heldout_problem(args):
 def load(args, asked):
     """-> the model and its tokenizer; says what they are."""
     folder, began = find_model(args.model), time.perf_counter()
-    tokenizer, lm = load_tokenizer(folder), load_model(folder, args.device, args.dtype)
-    products = speed.linear.use(lm) if speed else "plain"
+    tokenizer = load_tokenizer(folder)
+    if args.ranks > 1:
+        lm, products = speed.parallel.load_model(folder, args.device, args.dtype)
+    else:
+        lm = load_model(folder, args.device, args.dtype)
+        products = speed.linear.use(lm) if speed else "plain"
     name = "tiny/, the embedded model" if folder == TINY else show(folder, 160)
     size = sum(parameter.numel() for parameter in lm.parameters()) / 1e6
-    say(f"model     {name}: {size:,.1f} M parameters, {str(lm.lm_head.weight.dtype)[6:]}, "
+    each = " a rank" if args.ranks > 1 else ""
+    say(f"model     {name}: {size:,.1f} M parameters{each}, {str(lm.lm_head.weight.dtype)[6:]}, "
         f"{args.device}, {torch.get_num_threads()} threads, products: {products}, "
         f"loaded in {time.perf_counter() - began:.2f} s")
     if folder == TINY and asked:
@@ -126,7 +139,8 @@ def optimizer(args, lm):
         check_delta(args.delta, kept, lm)
         return lambda *_: (kept["delta"].to(args.device), torch.zeros(0))
     if args.slot_fast:
-        return partial(speed.delta.optimize_delta_fast, memory=int(args.slot_memory * 2**30))
+        fast = speed.parallel if args.ranks > 1 else speed.delta
+        return partial(fast.optimize_delta_fast, memory=int(args.slot_memory * 2**30))
     return optimize_delta
 
 
@@ -234,11 +248,17 @@ def answer_together(args, lm, tokenizer, ids, new, fit, draws):
 
 
 def main(args):
-    if args.slot_fast and not speed:
-        raise ValueError("--slot-fast: there is no speed/; without it the numbers are the same")
+    torchrun = "RANK" in os.environ             # it starts many processes, which form one model
+    if not speed and (args.slot_fast or torchrun):
+        raise ValueError("--slot-fast and torchrun need speed/, and there is none; without them "
+                         "the numbers are the same")
+    args.ranks, first = 1, lambda make: make()
+    if torchrun:
+        args.device, args.ranks, _ = speed.parallel.start(args.device)
+        first = speed.parallel.first
     if args.save_delta is not None:
         check_target(args.save_delta)           # before the work
-    asked = read_prompts(args)
+    asked = first(lambda: read_prompts(args))
     prompts = asked or [(heldout_problem(args), args.system, "")]
     check_text(prompts)
     check_device(args.device)
@@ -253,8 +273,7 @@ def main(args):
         if not args.slot_fast:
             check_memory(longest, lm.config.vocab_size, args.device)
     fit = optimizer(args, lm)
-    settings = args.temperature, args.top_k, args.top_p
-    draws = [partial(sampler, *settings, args.seed + place) for place in range(len(ids))]
+    draws = [partial(drawer, args, args.seed + place) for place in range(len(ids))]
     together = TOGETHER if speed and len(ids) > 1 else 1
     try:
         for place, (prompt, *_) in enumerate(prompts):

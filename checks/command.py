@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -39,8 +40,13 @@ def fail(message, status=1):
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
     file = Path(sys.argv[0])
     command = f"python -m {file.parent.name}" if file.name == "__main__.py" else file.name
+    out, rank = sys.stderr, os.environ.get("RANK", "0")
+    if rank != "0":                     # of many processes, which say nothing but this
+        early_signals()                 # where all fail alike, the first ends the others meanwhile
+        time.sleep(2)
+        out, line = sys.__stderr__ or out, f"rank {rank}: {line}"
     line = f"{command}: {line}"
-    sys.stderr.write((line if len(line) <= 400 else line[:397] + "...") + "\n")
+    out.write((line if len(line) <= 400 else line[:397] + "...") + "\n")
     raise SystemExit(status)
 
 

@@ -1,4 +1,5 @@
 """The options of generate.py, and which values they take. Judged before torch is imported."""
+import os
 from pathlib import Path
 
 from checks.command import Parser, number
@@ -57,6 +58,8 @@ def check_options(parser, args):
             (several and args.compare, "--compare takes one prompt"),
             (several and args.save_delta is not None, "--save-delta takes one prompt"),
             (args.delta is not None and args.slot_steps, "--delta brings a δ; leave --slot-steps out"),
-            (args.save_delta is not None and not args.slot_steps, "--save-delta needs --slot-steps")):
+            (args.save_delta is not None and not args.slot_steps, "--save-delta needs --slot-steps"),
+            ("RANK" in os.environ and (args.delta is not None or args.save_delta is not None),
+             "--delta and --save-delta are for one process, without torchrun")):
         if wrong:
             parser.error(why)

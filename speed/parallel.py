@@ -41,7 +41,7 @@ TIMEOUT = timedelta(minutes=10)     # a rank that is silent for so long is taken
 # ---- ranks
 
 def start(device, ranks=None):
-    """Join the ranks of one model -> this rank's device, and which model it works for: 0, 1, ...
+    """Join the ranks of one model -> this rank's device, how many ranks, and which model: 0, 1, ...
 
     ranks: so many form a model (default: all); the next as many form another, which knows nothing
     of the first. Only the first rank of each prints. ValueError if the numbers do not fit.
@@ -56,7 +56,7 @@ def start(device, ranks=None):
     if rank > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")         # errors know sys.__stderr__
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
-    return f"cuda:{local}" if device == "cuda" else device, model
+    return f"cuda:{local}" if device == "cuda" else device, ranks, model
 
 
 def size():
@@ -150,12 +150,13 @@ def load_model(folder, device="cpu", dtype="auto"):
         if "o_proj" in parts:
             layer.self_attn.o_proj.register_forward_hook(lambda module, x, y: total(y))
     lm.lm_head = Head(lm.lm_head.weight, config.vocab_size)
+    ranks, H, K = size(), config.num_attention_heads, config.num_key_value_heads
     if "o_proj" not in parts:
-        return lm, (f"{size()} ranks: MLP and head divided, attention whole on each "
-                    f"({config.num_attention_heads} and {config.num_key_value_heads} heads)")
-    K = len(layer.self_attn.k_proj.weight) // config.head_dim
-    lm.config = replace(config, num_key_value_heads=K)          # of this rank's cache
-    return lm, f"{size()} ranks: heads, MLP and head divided"
+        return lm, (f"MLP and head divided over {ranks} ranks, attention whole on each: they cannot "
+                    f"share {H} and {K} heads")
+    lm.config = replace(config, num_key_value_heads=max(1, K // ranks))     # of this rank's cache
+    repeated = ", key/value heads repeated" if K < ranks else ""
+    return lm, f"heads, MLP and head divided over {ranks} ranks{repeated}"
 
 
 class Head(nn.Module):
