@@ -82,6 +82,7 @@ def run(exercise, function):
         for place, (now, before) in enumerate(zip(arguments, untouched[name])):
             if isinstance(before, torch.Tensor) and difference(now, before, 0):
                 results[name] = f"argument {place + 1} is changed in place; work on a copy"
+                first = first or ValueError(results[name])
     return results, first
 
 
@@ -110,7 +111,7 @@ def source_of(function):
 
 @functools.cache
 def answers():
-    """What lies in answers.pt: {number: {"right": results, "wrong": [(name, thought, results)]}}."""
+    """answers.pt: {number: {"right": results, "wrong": [(name, thought, results)]}}."""
     return torch.load(ANSWERS, weights_only=True)
 
 
@@ -223,28 +224,69 @@ def check(number, exercise, function, file=None):
     if same(results, right, exercise.tolerance):
         used = not_allowed(exercise, function, file)
         return Verdict("not allowed", used) if used else Verdict("passed")
-    shown = f"\n{where(error, file)}" if error else ""
-    for name, thought, known in known_mistakes(number, exercise):
-        if same(results, known, exercise.tolerance):
-            return Verdict("mistake", f"{name}\n{thought}{shown}", name)
-    if error:
-        return Verdict("error", where(error, file))
-    return Verdict("wrong", described(exercise, results, right))
+    shown, known = [where(error, file)] if error else [], []
+    for name, thought, theirs in known_mistakes(number, exercise):
+        known.append((name, thought, theirs))
+        if same(results, theirs, exercise.tolerance):
+            return Verdict("mistake", "\n".join([name, thought, *shown]), name)
+
+    named, nameless = mistakes_by_part(exercise, results, right, known)
+    names = "; ".join(name for _, name, _ in named)
+    lines = [f"{part}: {name}\n{thought}" for part, name, thought in named]
+    if named and not nameless and not error:
+        return Verdict("mistake", "\n".join(lines), names)
+    done = {part for part, _, _ in named}
+    text = "\n".join([*shown, *lines, described(exercise, results, right, done)])
+    return Verdict("error" if error else "wrong", text, names)
 
 
-def described(exercise, results, right):
-    """Where a wrong result that nobody knows differs from the right one."""
-    bad = [name for name in right if difference(results[name], right[name], exercise.tolerance)]
-    good = [name for name in right if name not in bad]
+def mistakes_by_part(exercise, results, right, known):
+    """Many mistakes at once, each in a part of the result of its own -> [(part, name, thought)] for
+    wrong parts that equal that part of a mistake's results, and the names of the other wrong parts."""
+    def column(those, place):
+        return [those[case][place] for case in cases]
+
+    named, nameless = [], []
+    cases = [case for case in right if has_parts(exercise, results[case])]
+    for place, part in enumerate(exercise.parts if cases else ()):
+        got = column(results, place)
+        if same(got, column(right, place), exercise.tolerance):
+            continue
+        for name, thought, theirs in known:
+            comparable = all(has_parts(exercise, theirs[case]) for case in cases)
+            if comparable and same(got, column(theirs, place), exercise.tolerance):
+                named.append((part, name, thought))
+                break
+        else:
+            nameless.append(part)
+    return named, nameless
+
+
+def has_parts(exercise, result):
+    return isinstance(result, tuple) and len(result) == len(exercise.parts)
+
+
+def described(exercise, results, right, named=()):
+    """Where results are right, and how they are wrong elsewhere; parts that have a name are left out."""
+    good, stopped, bad = [], [], []
+    for case, should in right.items():
+        if not difference(results[case], should, exercise.tolerance):
+            good.append(case)
+        elif isinstance(results[case], str) and not isinstance(should, str):
+            stopped.append(case)
+        else:
+            bad.append(case)
     lines = [f"right in: {', '.join(good) or 'no case'}"]
-    for name in bad[:2]:
-        got, should = results[name], right[name]
-        parts = [("the result", got, should)]
-        if exercise.parts and isinstance(got, tuple) and len(got) == len(should):
-            parts = zip(exercise.parts, got, should)
-        for part, a, b in parts:
-            if words := difference(a, b, exercise.tolerance):
-                lines.append(f"wrong in: {name}: {part} {words}")
+    if stopped:
+        lines.append(f"stopped in: {', '.join(stopped)}")
+    for case in bad[:2]:
+        parts = [("the result", results[case], right[case])]
+        if has_parts(exercise, results[case]):
+            parts = zip(exercise.parts, results[case], right[case])
+        for part, got, should in parts:
+            words = difference(got, should, exercise.tolerance)
+            if words and part not in named:
+                lines.append(f"wrong in: {case}: {part} {words}")
     if bad[2:]:
         lines.append(f"wrong in: {', '.join(bad[2:])}")
     return "\n".join(lines)
@@ -252,6 +294,8 @@ def described(exercise, results, right):
 
 def where(error, file):
     """An exception in two lines: the student's own line, and what Python says of it."""
+    if error.__traceback__ is None:
+        return str(error)
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
               if file and Path(frame.filename) == Path(file)]

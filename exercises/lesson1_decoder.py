@@ -25,7 +25,7 @@ def rms_norm_loops(x, weight, eps):
 
 
 def rms_norm(x, weight, eps):
-    """Bring every vector to length one (in the mean), then scale each of its numbers.
+    """Divide every vector by its root mean square, then scale each of its numbers.
 
     A decoder adds to the same vector in every layer, so the vector grows. Before each layer reads
     it, it is divided by its root mean square: only its direction is left, and a learned weight for
@@ -50,7 +50,7 @@ def rms_norm(x, weight, eps):
     tensor([0.8485, 2.2627])
 
     Allowed: everything on tensors, such as x.float(), x.mean, torch.sqrt, torch.rsqrt.
-    Not allowed: torch's own norm (nn.RMSNorm, F.rms_norm), loops.
+    Not allowed: torch's own norm (nn.RMSNorm, F.rms_norm). Loops are not needed.
 
     To think about: x is multiplied by 10. What happens to y? And what, then, can a layer not know
     of its input?
@@ -136,8 +136,8 @@ RMS_NORM = Exercise(
                 "The next layer expects the dtype that came in.",
                 {"x32.to(x.dtype)": "x32"}),
         Mistake("the mean lost its dimension",
-                "x is (..., d), but its mean without keepdim is (...): the last dimension is gone, and "
-                "the division pairs the wrong ones, or fails.",
+                "x is (..., d), but its mean without keepdim is (...): the last dimension is "
+                "gone, and the division pairs the wrong ones, or fails.",
                 {".mean(-1, keepdim=True)": ".mean(-1)"}),
         Mistake("one mean for all tokens",
                 "The mean was taken over the whole tensor, so tokens and samples change each "
@@ -194,7 +194,7 @@ def rotate(x, positions, theta):
     >>> rotate(torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]]), torch.tensor([[2]]), 100.0)
     tensor([[[[-3.1440,  1.1655, -0.3391,  4.3176]]]])
 
-    Allowed: everything on tensors. Not allowed: loops.
+    Allowed: everything on tensors. Not allowed: nothing. Loops are not needed.
 
     To think about: q and k are rotated, v is not. Why?
     """

@@ -36,7 +36,7 @@ def probabilities(logits, temperature, top_k, top_p):
     >>> probabilities(torch.tensor([1.0, 5.0, 4.0]).log(), 1.0, 0, 0.6)
     tensor([0.0000, 0.5556, 0.4444])
 
-    Allowed: everything on tensors. Not allowed: loops over the vocabulary.
+    Allowed: everything on tensors. Not allowed: nothing. Loops are not needed.
 
     To think about: is drawing with top_k = 1 the same as temperature 0? And with top_p = 0.0001?
     """

@@ -264,9 +264,8 @@ def optimize_deltas(hidden, tokens, mask, lm_head, steps, lr):
     (tensor([ 0.1000, -0.1000]), tensor([[0.6931, 0.6931],
             [0.5981, 0.5981]]))
 
-    Allowed: torch.optim.AdamW, F.cross_entropy, autograd. Not allowed: a loop over the rows. (It
-    would be right, and is how this project does it: see speed/batch.py. Here the batch is the
-    point.)
+    Allowed: torch.optim.AdamW, F.cross_entropy, autograd. Not allowed: nothing. (A loop over the
+    rows passes, too, and is how this project does it: see speed/batch.py. Try to do without.)
 
     To think about: AdamW divides by the root of the squares, so a factor 1/B in the gradient should
     cancel. Why does the mean over the batch still give another δ than the sum?
@@ -425,8 +424,8 @@ ONE_DELTA_EACH = Exercise(
                 "Position t predicts token t + 1.",
                 {"tokens[:, 1:].masked": "tokens[:, :-1].masked"}),
         Mistake("not shifted, over all T positions",
-                "Position t was asked for token t, which it has just read. It predicts token t + 1, and "
-                "the last position has no successor.",
+                "Position t was asked for token t, which it has just read. It predicts token t + "
+                "1, and the last position has no successor.",
                 {"pairs = mask[:, :-1] & mask[:, 1:]": "pairs = mask",
                  "tokens[:, 1:].masked": "tokens.masked", "hidden[:, :-1]": "hidden"}),
         Mistake("a prompt of one token gives NaN",

@@ -70,11 +70,12 @@ def prompt_loss(logits, tokens, mask):
     tensor([0.2231])
 
     Allowed: everything on tensors, F.cross_entropy too (it is -log softmax and a gather in one).
-    Not allowed: loops.
+    Not allowed: nothing. Loops are not needed.
 
     To think about: a model that knows nothing gives every token the same probability. What is its
     loss, with V = 768? The embedded model has about 0.55 on prompts like those of its training and
-    6.0 on phrasings that it has never seen. How many tokens does it hesitate between?
+    6.0 on phrasings that it has never seen. Between how many equally likely tokens would a model
+    hesitate that has such a loss?
     """
     log_p = logits[:, :-1].log_softmax(-1)                # (B, T-1, V): every position but the last
     targets = tokens[:, 1:]                                     # (B, T-1): its successor
@@ -133,13 +134,13 @@ PROMPT_LOSS = Exercise(
                 "t + 1.",
                 {"tokens[:, 1:]": "tokens[:, :-1]"}),
         Mistake("not shifted, over all T positions",
-                "Position t was asked for token t, which it has just read, and the last position took "
-                "part. It must predict token t + 1, and the last has no successor.",
+                "Position t was asked for token t, which it has just read, and the last position "
+                "took part. It must predict token t + 1, and the last has no successor.",
                 {"logits[:, :-1]": "logits", "tokens[:, 1:]": "tokens",
                  "real = mask[:, :-1] & mask[:, 1:]": "real = mask"}),
         Mistake("not shifted, over all T positions, padding too",
-                "Position t was asked for token t, which it has just read. It must predict token t + 1; "
-                "and the mask says which positions and tokens are real.",
+                "Position t was asked for token t, which it has just read. It must predict token "
+                "t + 1; and the mask says which positions and tokens are real.",
                 {"logits[:, :-1]": "logits", "tokens[:, 1:]": "tokens",
                  "real = mask[:, :-1] & mask[:, 1:]": "real = torch.ones_like(mask)"}),
         Mistake("shifted the wrong way",
@@ -213,7 +214,7 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr):
     (their .grad stays None); and hidden may come with the graph of the decoder behind it, which
     must not be walked through.
 
-    hidden   (1, T, d) float32, what the decoder made of
+    hidden   (1, T, d) float32, the decoder's output for these tokens
     tokens   a list of T ids
     lm_head  nn.Linear(d, V) without bias: lm_head(x) is W x
     steps    0 or more;  lr  above 0
@@ -221,8 +222,8 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr):
 
     By hand: d = 1, V = 2, W = (1, -1), h = (0, 0), tokens (0, 0), one step, lr = 0.1. Both tokens
     have probability 1/2, loss ln 2 = 0.6931. The gradient is 1/2 * 1 + 1/2 * (-1) - 1 = -1. AdamW's
-    first step has length lr against the gradient's sign: δ = 0.1. Logits (0.1, -0.1), loss ln(1 +
-    exp(-0.2)) = 0.5981.
+    first step has length lr against the gradient's sign: δ = 0.1. Logits (0.1, -0.1), so the loss
+    is ln(1 + exp(-0.2)) = 0.5981.
 
     >>> lm_head = torch.nn.Linear(1, 2, bias=False)
     >>> lm_head.weight.data = torch.tensor([[1.0], [-1.0]])
@@ -232,8 +233,8 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr):
     Allowed: torch.optim.AdamW, F.cross_entropy, autograd. Not allowed: nothing; keep it short.
 
     To think about: after the first step every entry of δ is close to +lr or -lr, whatever the
-    gradient. Why? So after T steps, how long can δ be at most, and what would change if the loss
-    were multiplied by 100?
+    gradient. Why? How long, then, can δ be after 5 steps, and what would change if the loss were
+    multiplied by 100?
     """
     targets = torch.tensor(tokens[1:])
     with torch.no_grad():
@@ -341,8 +342,8 @@ LOOP = Exercise(
                 "Position t was asked for token t. Its target is token t + 1.",
                 {"tokens[1:]": "tokens[:-1]"}),
         Mistake("not shifted, over all T positions",
-                "Position t was asked for token t, which it has just read. Its target is token t + 1, and "
-                "the last position has none.",
+                "Position t was asked for token t, which it has just read. Its target is token t "
+                "+ 1, and the last position has none.",
                 {"hidden[:, :-1]": "hidden", "tokens[1:]": "tokens"}),
         Mistake("shifted the wrong way",
                 "Position t was asked for token t - 1. hidden without its last position belongs "
@@ -382,10 +383,10 @@ LOOP = Exercise(
            "loss.backward(inputs=[delta]), or delta.grad, = torch.autograd.grad(loss, delta), "
            "leaves W alone. torch.no_grad() around W h leaves the decoder alone."],
     answer="AdamW divides the mean gradient by the root of the mean square gradient. After one "
-           "step both come from the same g: g / |g| = ±1. So each entry moves about lr a step, at "
-           "most about T lr, and |δ| at most T lr sqrt(d). A factor 100 in the loss cancels, but "
-           "for eps: entries whose gradient is around 1e-5 move less, and with the factor they "
-           "would not.")
+           "step both come from the same g: g / |g| = ±1. So each entry moves about lr a step: "
+           "after 5 steps |δ| is at most about 5 lr sqrt(d). A factor 100 in the loss cancels, "
+           "but for eps: entries whose gradient is around 1e-5 move less, and with the factor "
+           "they would not.")
 
 
 # ---- 11. the gradient by hand

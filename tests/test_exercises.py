@@ -255,6 +255,30 @@ def test_a_first_try_in_words_of_its_own_is_named(number, tmp_path):
     assert (verdict.status, verdict.name) == ("mistake", name), verdict
 
 
+def test_many_mistakes_at_once_are_named_part_by_part(tmp_path):
+    body = """
+        delta = torch.zeros(1, 1, hidden.shape[-1], requires_grad=True)
+        optimizer = torch.optim.AdamW([delta], lr=lr)
+        losses = []
+        for _ in range(steps):
+            loss = F.cross_entropy(lm_head(hidden.detach() + delta)[0, :-1], torch.tensor(tokens[1:]))
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return delta, torch.tensor(losses)
+        """
+    verdict = student(tmp_path, 10, body)
+    assert verdict.status == "mistake"
+    for name in ("eps of AdamW is torch's own; and weight decay of AdamW is torch's own",
+                 "the loss after the last step is missing", "δ keeps its graph",
+                 "the gradient of W is collected"):
+        assert name in verdict.name, verdict
+    verdict = student(tmp_path, 10, body.replace("torch.tensor(losses)", "torch.tensor(losses) * 7"))
+    assert verdict.status == "wrong" and "δ keeps its graph" in verdict.name
+    assert "wrong in: the example by hand: the losses has shape (1,)" in verdict.text
+
+
 def test_a_wrong_answer_that_nobody_planted_gets_numbers_and_places(tmp_path):
     verdict = student(tmp_path, 2, "return x * 2")
     assert verdict.status == "wrong"
@@ -273,7 +297,9 @@ def test_right_in_some_cases_is_said(tmp_path):
 def test_an_exception_shows_the_students_own_line(tmp_path):
     verdict = student(tmp_path, 1, "y = x.float()\nreturn y / helper(y)")
     assert verdict.status == "error"
-    assert verdict.text == "line 7: return y / helper(y)\nNameError: name 'helper' is not defined"
+    assert verdict.text.splitlines()[:3] == [
+        "line 7: return y / helper(y)", "NameError: name 'helper' is not defined", "right in: no case"]
+    assert verdict.text.splitlines()[3].startswith("stopped in: the example by hand, two samples")
     verdict = check(1, EXERCISES[1], lambda x: x, "work.py")
     assert verdict.status == "error" and "does the signature fit" in verdict.text
     assert check(1, EXERCISES[1], None).status == "error"
