@@ -377,11 +377,11 @@ Result = namedtuple("Result", "status out err seconds growth")
 
 class Command:
     """generate.py, run in forks of one process. A fork has what an interpreter has after `import
-    generate`, and nothing else."""
+    generate`, and nothing else. file: this file, or its copy in a copy of the project."""
 
-    def __init__(self):
+    def __init__(self, file=__file__):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, file], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, env=environment)
         atexit.register(self.close)
 
