@@ -152,8 +152,8 @@ def load_model(folder, device="cpu", dtype="auto"):
     lm.lm_head = Head(lm.lm_head.weight, config.vocab_size)
     ranks, H, K = size(), config.num_attention_heads, config.num_key_value_heads
     if "o_proj" not in parts:
-        return lm, (f"MLP and head divided over {ranks} ranks, attention whole on each: they cannot "
-                    f"share {H} and {K} heads")
+        return lm, (f"MLP and head divided over {ranks} ranks, attention whole on each, which "
+                    f"cannot share {H} and {K} heads")
     lm.config = replace(config, num_key_value_heads=max(1, K // ranks))     # of this rank's cache
     repeated = ", key/value heads repeated" if K < ranks else ""
     return lm, f"heads, MLP and head divided over {ranks} ranks{repeated}"

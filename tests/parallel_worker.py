@@ -55,7 +55,30 @@ def main():
         found[folder]["words"] = words
         found[folder]["rows"] = {name: len(weight) for name, weight in lm.named_parameters()}
         found[folder]["heads in cache"] = lm.config.num_key_value_heads
+    found["half"] = half_precision(folders[0])
+    found["beyond"] = beyond_the_range(lm, rank)
     torch.save(found, Path(out) / f"{rank}.pt")
+
+
+def half_precision(folder):
+    """In bfloat16: the two forms of SLOT."""
+    lm, _ = parallel.load_model(folder, dtype="bfloat16")
+    tokens = prompts_of(lm.config)[0]
+    hidden, _ = slot.prefill(lm, tokens, 0)
+    return [optimize(hidden, tokens, lm.lm_head, STEPS, LR)
+            for optimize in (slot.optimize_delta, parallel.optimize_delta_fast)]
+
+
+def beyond_the_range(lm, rank):
+    """W δ leaves the numbers of float32 on the last rank only -> what each says."""
+    if rank == dist.get_world_size() - 1:
+        lm.lm_head.weight.mul_(1e9)
+    tokens = prompts_of(lm.config)[0]
+    hidden, _ = slot.prefill(lm, tokens, 0)
+    try:
+        parallel.optimize_delta_fast(hidden, tokens, lm.lm_head, 1, 1e31)
+    except ValueError as error:
+        return str(error)
 
 
 if __name__ == "__main__":

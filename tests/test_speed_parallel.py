@@ -5,6 +5,7 @@ wrote. Measured: logits within 3e-6, δ within 3e-7.
 """
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ parallel = pytest.importorskip("speed.parallel", reason="there is no speed/")
 if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
+from checks.ranks import check_parts, check_ranks
 from load_weights import load_model, read_config, write_safetensors
 from model import CausalLM
 from parallel_worker import LR, NEW, STEPS, answers, prompts_of
@@ -68,12 +70,14 @@ def free_port():
         return place.getsockname()[1]
 
 
-def start(ranks, *command, **more):
-    """The processes of `ranks` ranks, as torchrun would start them, but without torchrun."""
+def start(ranks, *command, alone=False, **more):
+    """The processes of `ranks` ranks, as torchrun would start them, but without torchrun. alone: and without ranks."""
     port, processes = free_port(), []
     for rank in range(ranks):
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
                                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        if alone:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
         processes.append(subprocess.Popen([sys.executable, *map(str, command)], env=environment, cwd=ROOT, text=True,
                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more))
     return processes
@@ -108,7 +112,7 @@ def alone(folders):
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda ranks: f"{ranks} ranks")
+@pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
 def together(request, folders, tmp_path_factory):
     """-> {folder's name: what each rank says, a list}"""
     out = tmp_path_factory.mktemp(f"ranks{request.param}")
@@ -116,7 +120,8 @@ def together(request, folders, tmp_path_factory):
     for rank, (status, said, complaints) in enumerate(ended):
         assert status == 0, f"rank {rank} ended with status {status}: {said} {complaints}"
     ranks = [torch.load(out / f"{rank}.pt") for rank in range(request.param)]
-    return {name: [found[str(folder)] for found in ranks] for name, folder in folders.items()}
+    places = {name: str(folder) for name, folder in folders.items()} | {"half": "half", "beyond": "beyond"}
+    return {name: [found[place] for found in ranks] for name, place in places.items()}
 
 
 def largest(difference):
@@ -171,3 +176,132 @@ def test_a_rank_keeps_its_part(name, folders, alone, together):
         heads = max(1, K // ranks) if divided else K
         assert found["heads in cache"] == heads == each[f"{first}self_attn.k_proj.weight"] // config.head_dim
         assert ("attention whole" in found["words"]) == (not divided)
+
+
+def test_in_sixteen_bits(folders, together):
+    """Summands are rounded before they are summed, so bits differ from those of one process; not between ranks."""
+    lm = load_model(next(iter(folders.values())), dtype="bfloat16")
+    tokens = prompts_of(lm.config)[0]
+    hidden, _ = slot.prefill(lm, tokens, 0)
+    delta, losses = slot.optimize_delta(hidden, tokens, lm.lm_head, STEPS, LR)
+    for form, fits in zip(("loop", "fast"), zip(*together["half"])):
+        assert largest(fits[0][1] - losses) < 0.02, f"{form}: losses {fits[0][1]} for {losses}"
+        assert fits[0][1][-1] < fits[0][1][0]
+        for fit in fits:
+            assert torch.equal(fit[0], fits[0][0]) and torch.equal(fit[1], fits[0][1]), f"{form}: other bits"
+
+
+def test_an_error_of_one_rank_is_an_error_of_all(together):
+    """W δ leaves float32 in the last rank's part of the vocabulary. Who does not notice would wait for the others."""
+    for rank, said in enumerate(together["beyond"]):
+        assert said is not None and "leaves torch.float32's range" in said, f"rank {rank} says {said}"
+
+
+# ---- numbers that do not fit
+
+@pytest.mark.parametrize("change, words", [
+    ({"WORLD_SIZE": None}, "WORLD_SIZE is not set"), ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
+    ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"), ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+    ({"RANK": "2"}, "RANK 2 is none of WORLD_SIZE 2")])
+def test_variables_that_are_missing_or_wrong(change, words):
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    environment = {name: value for name, value in (environment | change).items() if value is not None}
+    with pytest.raises(ValueError, match=words) as caught:
+        check_ranks(environment, "cpu")
+    assert "torchrun" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ranks_and_devices_that_do_not_fit():
+    environment = {"RANK": "0", "WORLD_SIZE": "6", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    check_ranks(environment, "cuda", 3)
+    with pytest.raises(ValueError, match="--tensor-parallel 4 does not divide torchrun's 6 ranks"):
+        check_ranks(environment, "cpu", 4)
+    for device in ("mps", "cuda:1"):
+        with pytest.raises(ValueError, match=f"--device '{device}': under torchrun give cpu, or cuda"):
+            check_ranks(environment, device)
+    config = read_config(GOLDEN / "qwen2")
+    check_parts(config, 64)
+    with pytest.raises(ValueError, match="65 ranks cannot share .* intermediate_size 64 and vocab_size 96; start at most 64"):
+        check_parts(config, 65)
+
+
+# ---- the command
+
+def test_the_command_says_what_it_says_alone():
+    """A prompt from a pipe, which has one reader; sampling; then two prompts in a batch, closed form."""
+    runs = [(["--temperature", "1", "--slot-steps", "3", "--max-new-tokens", "20"], "Tom has 3 pens."),
+            (["--slot-steps", "2", "--slot-fast", "--max-new-tokens", "8", "Tom has 3 pens.", "Ann has 12."], None)]
+    for options, piped in runs:
+        one, *many = [*start(1, "generate.py", *options, stdin=subprocess.PIPE, alone=True),
+                      *start(2, "generate.py", *options, stdin=subprocess.PIPE)]
+        for process in (one, many[0]):
+            process.stdin.write(piped or "")
+            process.stdin.close()
+            process.stdin = None
+        (status, expected, _), = end([one])
+        ended = end(many)
+        assert status == 0 and [status for status, *_ in ended] == [0, 0], ended
+        assert ended[0][1] == expected and "heads, MLP and head divided over 2 ranks" in ended[0][2]
+        assert ended[1][1:] == ("", ""), "only the first rank prints"
+
+
+LONG = ["generate.py", "--problem", "1", "--slot-steps", "10000", "--slot-lr", "1e-6"]
+
+
+def wait_for(process, word):
+    """Read what a rank says until the word comes."""
+    for line in process.stderr:
+        if word in line:
+            return
+    raise AssertionError(f"it ended without {word!r}")
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_rank_that_dies_ends_the_others(dead):
+    """Killed in the middle of the fit: the other says so in one line, and does not wait."""
+    processes = start(2, *LONG)
+    wait_for(processes[0], "prefill")
+    processes[dead].send_signal(signal.SIGKILL)
+    status, _, complaint = end(processes, 30)[1 - dead]
+    lines = [line for line in complaint.splitlines() if line.startswith("generate.py:")]
+    assert status == 1 and len(lines) == 1 and "another rank has ended or does not answer" in lines[0], complaint
+    assert "Traceback" not in complaint
+
+
+def test_a_rank_that_hangs_ends_the_others():
+    """Stopped, not ended: nothing tells the others but the clock, here set to two seconds."""
+    code = ("import sys; from datetime import timedelta; from speed import parallel; "
+            "parallel.TIMEOUT = timedelta(seconds=2); import generate; from checks.command import run; "
+            f"run(generate.main, generate.parse_arguments({LONG[1:]!r}))")
+    processes = start(2, "-c", code)
+    wait_for(processes[0], "prefill")
+    processes[1].send_signal(signal.SIGSTOP)
+    try:
+        (status, _, complaint), = end(processes[:1], 30)
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+    assert status == 1 and complaint.count("another rank has ended or does not answer") == 1, complaint
+
+
+def test_torchrun_where_all_fail_alike():
+    """One line of the command, whatever torchrun itself adds."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "generate.py",
+                           "--model", "nowhere", "hello"], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("generate.py:")]
+    assert done.returncode == 1 and len(lines) == 1 and "nowhere" in lines[0], done.stderr
+
+
+# ---- memory
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_a_rank_reads_its_part_only(tmp_path):
+    """At its highest, pages of mapped files included: 1.1 times its part, and one tensor."""
+    raw = LLAMA | {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64, "vocab_size": 4000}
+    folder = write_model(tmp_path / "model", raw, scale=0.02)
+    found = [json.loads(said) for status, said, complaints in end(start(2, "tests/parallel_memory.py", folder))]
+    biggest = 4 * 4096 * 512
+    for rank in found:
+        whole, part, most = sum(f.stat().st_size for f in folder.iterdir()), rank["part"], rank["peak_load"]
+        assert part < 0.55 * whole
+        assert most < 1.1 * part + biggest, f"{most / 1e6:.0f} MB at most for a part of {part / 1e6:.0f} MB"
