@@ -90,6 +90,18 @@ def test_figures_against_each_sample_alone(folder, whole):
         assert rows[i, "slot 3 0.1"]["prompt_loss"] < rows[i, "slot 1 0.1"]["prompt_loss"] < rows[i, "plain"]["prompt_loss"]
 
 
+def test_the_end_token_counts(tmp_path):
+    """The embedded model, whose answers end: what generate.py would say, and one token more."""
+    run.main(parse_arguments(["--limit", "2", "--steps", "3", "--lr", "0.1", "--control", "none", "--out", str(tmp_path)]))
+    lm, tokenizer = load_model(ROOT / "tiny"), load_tokenizer(ROOT / "tiny")
+    for row in read(tmp_path):
+        ids = tokenizer.chat_ids([dict(role="user", content=row["prompt"])])
+        steps = 3 if row["setting"] == "slot 3 0.1" else 0
+        alone = list(generate(lm, ids, 96, steps=steps, lr=0.1, eos_ids=tokenizer.eos_ids))
+        assert row["answer"] == tokenizer.decode(alone, skip_special=True) and row["tokens"] == len(alone) + 1 < 96
+        assert row["strict"] == row["flexible"] == (f"#### {row['gold']}" in row["answer"]) and row["format"]
+
+
 def test_the_unigram_answer_is_the_likeliest_of_logits_and_bias(folder, whole):
     known, rows = loaded(folder), by_key(whole)
     for i in (0, 11):
