@@ -1,62 +1,55 @@
-"""A model folder's weights as a GGUF file, for llama.cpp: what benchmark.py --peers compares with. Qwen2 only.
+"""A model folder's weights as a GGUF file, for llama.cpp: what it is compared on. No tokenizer.
 
-The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, the number of tensors and of settings;
-the settings (key, type, value); a line for every tensor (name, sizes from the innermost out, type, offset); the numbers.
+The other way round than convert/: its table of names read backwards, rows of q and k reordered.
 """
 import json
-import struct
 from pathlib import Path
 
-NAMES = {   # the checkpoint's -> llama.cpp's
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-}
-U32, F32, STRING = 4, 6, 8          # types of settings
-ALIGNMENT = 32
+from convert.folder import FIELDS, NAMES
 
-
-def write_gguf(folder, path, dtype):
-    """dtype: "float32" or "bfloat16", of the matrices; vectors are float32, as in llama.cpp's own files. -> path"""
-    import torch
-    from load_weights import read_weights
-    config = json.loads((Path(folder) / "config.json").read_text())
-    if config["model_type"] != "qwen2":
-        raise ValueError(f"{folder}: a GGUF is written for qwen2 models only, not {config['model_type']}")
-    text = lambda s: struct.pack("<Q", len(s)) + s.encode()
-    settings = [("general.architecture", STRING, "qwen2"), ("tokenizer.ggml.model", STRING, "none")]
-    settings += [(f"qwen2.{key}", U32, config[name]) for key, name in (
-        ("block_count", "num_hidden_layers"), ("context_length", "max_position_embeddings"), ("embedding_length", "hidden_size"),
-        ("feed_forward_length", "intermediate_size"), ("attention.head_count", "num_attention_heads"),
-        ("attention.head_count_kv", "num_key_value_heads"), ("vocab_size", "vocab_size"))]
-    settings += [("qwen2.rope.freq_base", F32, config["rope_theta"]),
-                 ("qwen2.attention.layer_norm_rms_epsilon", F32, config["rms_norm_eps"])]
-    tensors = {gguf_name(name): t for name, t in read_weights(folder).items()}
-    kinds = {name: torch.float32 if t.ndim == 1 else getattr(torch, dtype) for name, t in tensors.items()}
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(settings))
-    pack = {STRING: text, U32: lambda value: struct.pack("<I", value), F32: lambda value: struct.pack("<f", value)}
-    for key, kind, value in settings:
-        head += text(key) + struct.pack("<I", kind) + pack[kind](value)
-    offset = 0
-    for name, t in tensors.items():
-        head += text(name) + struct.pack(f"<I{t.ndim}Q", t.ndim, *reversed(t.shape))
-        head += struct.pack("<IQ", {torch.float32: 0, torch.bfloat16: 30}[kinds[name]], offset)
-        offset += -(-t.numel() * kinds[name].itemsize // ALIGNMENT) * ALIGNMENT
-    part = Path(f"{path}.part")
-    with open(part, "wb") as file:
-        file.write(head + b"\0" * (-len(head) % ALIGNMENT))
-        for name, t in tensors.items():
-            file.write(t.to(kinds[name]).contiguous().view(torch.uint8).numpy().data)
-            file.write(b"\0" * (-file.tell() % ALIGNMENT))
-    part.rename(path)
-    return path
+MODULES = {ours: theirs for theirs, ours in NAMES.items()}
 
 
 def gguf_name(name):
     """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
-    module, kind = name.rsplit(".", 1)
+    module, end = name.rsplit(".", 1)
     if module.startswith("model.layers."):
         _, _, layer, module = module.split(".", 3)
-        return f"blk.{layer}.{NAMES[module]}.{kind}"
-    return f"{NAMES[module]}.{kind}"
+        return f"blk.{layer}.{MODULES[module]}.{end}"
+    return f"{MODULES[module]}.{end}"
+
+
+def write_gguf(folder, path, dtype):
+    """dtype: of the matrices; vectors are float32, as in llama.cpp's own files. -> path.
+    ValueError where the file could not say what config.json says."""
+    import torch
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    from load_weights import DTYPES, load_model, read_config
+    config, raw = read_config(folder), json.loads(Path(folder, "config.json").read_text())
+    part = Path(f"{path}.part")
+    if config.rope["rope_type"] != "default":
+        raise ValueError(f"rotary type {config.rope['rope_type']}: no GGUF of it is written here")
+
+    writer = GGUFWriter(part, raw["model_type"])
+    writer.add_string("tokenizer.ggml.model", "none")
+    values = vars(config) | config.rope
+    for name, ours in {**FIELDS, "attention.value_length": "head_dim", "vocab_size": "vocab_size",
+                       "rope.dimension_count": "head_dim"}.items():
+        real = ours in ("rope_theta", "rms_norm_eps")               # even where JSON has 10000
+        add = writer.add_float32 if real else writer.add_uint32
+        add(f"{raw['model_type']}.{name}", values[ours])
+
+    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    for name, tensor in load_model(folder).named_parameters():      # a tied head comes once
+        kind = torch.float32 if tensor.ndim == 1 else DTYPES[dtype]
+        if raw["model_type"] == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            halves = tensor.unflatten(0, (heads, 2, -1))            # (heads, 2, D/2, ...)
+            tensor = halves.transpose(1, 2).flatten(0, 2)
+        data = tensor.to(kind).contiguous().view(torch.uint8).numpy()
+        writer.add_tensor(gguf_name(name), data, raw_dtype=GGMLQuantizationType[kinds[kind]])
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file,
+                 writer.write_tensors_to_file, writer.close):
+        step()
+    return part.rename(path)
