@@ -27,8 +27,7 @@ PUBLISHED = {
 }
 
 # Vocabularies spell bytes as letters: printable ones as themselves, the others U+0100, U+0101, ...
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+OTHERS = [*range(33), *range(127, 161), 173]
 LETTER_OF = {byte: 256 + place for place, byte in enumerate(OTHERS)}        # space: "Ġ"
 BYTE_OF = {letter: byte for byte, letter in LETTER_OF.items()}
 BYTE_OF |= dict.fromkeys(OTHERS, 0xFFFF)                                    # these are no letters

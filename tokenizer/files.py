@@ -22,7 +22,7 @@ NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 def load_tokenizer(folder):
-    """The Tokenizer of a model folder; ValueError or FileNotFoundError: one line on what is wrong."""
+    """The Tokenizer of a model folder, or ValueError, FileNotFoundError: one line on the reason."""
     folder = Path(folder)
     check_folder(folder)
     path = folder / "tokenizer.json"
@@ -35,8 +35,7 @@ def load_tokenizer(folder):
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     cuts = expressions_of(steps_of(data.get("pre_tokenizer"), "pretokenizers"))
     check_published(path, cuts, PUBLISHED)
-    whole = data["model"].get("ignore_merges", False)
-    pairs = BytePairs(vocab, merges, cuts, whole)
+    pairs = BytePairs(vocab, merges, cuts, data["model"].get("ignore_merges", False))
 
     # added tokens, and the bytes of every id
     normalize = compose if steps_of(data.get("normalizer"), "normalizers") else str

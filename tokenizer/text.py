@@ -58,8 +58,8 @@ class AddedTokens:
 
 
 class Stream:
-    """Ids one at a time -> text as soon as it is certain: a character split over tokens waits for its
-    end. All parts together are `decode` of all ids."""
+    """Ids one at a time -> text as soon as it is certain: half a character waits for its second.
+    All parts together are `decode` of all ids."""
 
     def __init__(self, tokenizer, skip_special):
         self.tokenizer, self.skip_special = tokenizer, skip_special
