@@ -254,7 +254,8 @@ def time_table(rows, points):
         prefill, fit, decode = means(setting)
         lines.append([title, *(f"{s:.4f}" for s in (prefill + fit + decode, fit, decode)),
                       percent(fit / plain if plain else np.nan)])
-    total = sum(row["seconds"]["fit"] + row["seconds"]["decode"] for row in rows)
+    total = sum(row["seconds"]["decode"] for row in rows)       # controls take the fits of slot
+    total += sum(row["seconds"]["fit"] for row in rows if row["setting"].startswith("slot"))
     return markdown(["setting", "seconds a sample", "of which fitting δ", "decoding",
                      "overhead of δ, % of the plain run"], lines) + [
         "", "A share of a batch's seconds, means over all samples. All settings and controls "
