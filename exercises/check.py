@@ -222,7 +222,7 @@ def check(number, exercise, function, file=None):
                                    f"{where(late, file).splitlines()[0]}")
     right = right_results(number, exercise)
     if same(results, right, exercise.tolerance):
-        used = not_allowed(exercise, function, file)
+        used = not_allowed(exercise, file)
         return Verdict("not allowed", used) if used else Verdict("passed")
     shown, known = [where(error, file)] if error else [], []
     for name, thought, theirs in known_mistakes(number, exercise):
@@ -241,8 +241,8 @@ def check(number, exercise, function, file=None):
 
 
 def mistakes_by_part(exercise, results, right, known):
-    """Many mistakes at once, each in a part of the result of its own -> [(part, name, thought)] for
-    wrong parts that equal that part of a mistake's results, and the names of the other wrong parts."""
+    """Many mistakes at once, each in a part of its own -> [(part, name, thought)] for wrong parts
+    that equal that part of a mistake's results, and the names of the others."""
     def column(those, place):
         return [those[case][place] for case in cases]
 
@@ -267,7 +267,7 @@ def has_parts(exercise, result):
 
 
 def described(exercise, results, right, named=()):
-    """Where results are right, and how they are wrong elsewhere; parts that have a name are left out."""
+    """Where results are right, and how they are wrong elsewhere. Named parts are left out."""
     good, stopped, bad = [], [], []
     for case, should in right.items():
         if not difference(results[case], should, exercise.tolerance):
@@ -304,26 +304,23 @@ def where(error, file):
     return f"line {frames[-1].lineno}: {frames[-1].line}\n{message}"
 
 
-def not_allowed(exercise, function, file):
-    """What the student's function uses though the exercise forbids it, in words, or ""."""
-    try:
-        node, _ = source_of(function)
-        module = ast.parse(Path(file).read_text(encoding="utf-8")) if file else None
-    except (OSError, TypeError):
-        return ""
-    names = {getattr(n, "attr", getattr(n, "id", None)) for n in ast.walk(node)}
-    used = sorted(names & set(exercise.forbidden))
-    if used:
-        return f"the results are right, but the exercise is to do without {', '.join(used)}"
-    imported = set()
-    for n in ast.walk(module) if module else ():
-        if isinstance(n, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in n.names}
-        if isinstance(n, ast.ImportFrom) and n.module:
-            imported.add(n.module.split(".")[0])
+def not_allowed(exercise, file):
+    """What a student's file uses though it is to do without, in words, or ""."""
+    module = ast.parse(Path(file).read_text(encoding="utf-8")) if file else ast.Module([], [])
+    imported, used = set(), set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            imported.add(node.module.split(".")[0])
+        if getattr(node, "name", None) == exercise.solution.__name__:
+            used |= {getattr(part, "attr", getattr(part, "id", None)) for part in ast.walk(node)}
+    if used & set(exercise.forbidden):
+        names = ", ".join(sorted(used & set(exercise.forbidden)))
+        return f"the results are right, but the exercise is to do without {names}"
     if imported & OURS:
-        used = ", ".join(sorted(imported & OURS))
-        return f"the results are right, but {Path(file).name} imports {used}"
+        names = ", ".join(sorted(imported & OURS))
+        return f"the results are right, but {Path(file).name} imports {names}"
     return ""
 
 

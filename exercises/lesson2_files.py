@@ -424,7 +424,7 @@ def stream_text_trial(stream_text):
         tokenizer = embedded()[1]
         stream = tokenizer.stream(skip_special=True)
         parts = [stream.add(id) for id in tokenizer.encode("Zoë pays 5 € and smiles 🙂.")]
-        return {"what is printed, token by token": [repr(part) for part in [*parts, stream.end()]]}
+        return {"what is printed, token by token": [*parts, stream.end()]}
 
     return with_and_without(printed, (tokenizer.text, "Stream", ByStudent))
 

@@ -12,7 +12,7 @@ import slot
 from exercises.check import Exercise, Mistake
 from exercises.lesson1_decoder import random
 from exercises.lesson4_loop import AUTOGRAD, STEERED, head, ids
-from exercises.program import answers_with, embedded, prompt_states, spelled
+from exercises.program import answers_with, embedded, prompt_states
 
 
 # ---- 12. the closed form
@@ -355,12 +355,12 @@ def optimize_deltas_trial(optimize_deltas):
         """Three prompts, answered one by one, each with its row of the δ."""
         hidden, tokens, mask, prompts = padded_batch()
         deltas, losses = fit(hidden, tokens, mask, lm.lm_head, 5, 0.1)
-        last = [f"{loss:.3f}" for loss in losses[-1].tolist()]
+        last = [f" {loss:.3f}" for loss in losses[-1].tolist()]
         found = {"loss of each prompt after the fit": last}
         for row, prompt in enumerate(prompts):
             h, cache = slot.prefill(lm, prompt, 60)
             new = slot.decode(lm, h, cache, 60, deltas[row:row + 1], eos_ids=tokenizer.eos_ids)
-            found[f"answer {row + 1}"] = [spelled(tokenizer, id) for id in new]
+            found[f"answer {row + 1}"] = [tokenizer.decode([id]) for id in new]
         return found
 
     def each_alone(hidden, tokens, mask, lm_head, steps, lr):
@@ -439,8 +439,8 @@ ONE_DELTA_EACH = Exercise(
            "loss = nll.sum(1) / n is (B,). Step on loss.sum(), note loss."],
     answer="It would cancel if eps were 0. The step is lr m / (sqrt(v) + eps): with a gradient of "
            "g / B the quotient is g / (|g| + B eps). Where |g| is near eps = 1e-5, the mean gives "
-           "a shorter step. So a prompt's δ would depend on its company, by little, and that "
-           "little is enough to change a token.")
+           "a shorter step. So a prompt's δ would depend on its company: by little, but it should "
+           "not at all.")
 
 
 # ---- 14. δ is a bias on the vocabulary
@@ -585,9 +585,8 @@ BIAS = Exercise(
            "(p * centred).mean(0) is (V,); W.T brings it to (d,)."],
     answer="When r = W u has variance 0 under every p_t. Softmax gives every word some "
            "probability, so all r_v must be equal: W u is a constant, which softmax ignores. Such "
-           "a u changes no answer at all; with tied or trained weights there is none, and the "
-           "valley has a single lowest point (if it has one: for words that the prompt does not "
-           "have it lies at infinity).")
+           "a u changes no answer at all. The embedded model's W has none (it keeps its rank of "
+           "128 when its mean row is taken off), so its valley has no flat floor.")
 
 
 EXERCISES = [CLOSED_FORM, ONE_DELTA_EACH, BIAS]

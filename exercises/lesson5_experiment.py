@@ -128,7 +128,8 @@ def compare_trial(compare):
     right = [sum(column) for column in zip(*pairs)]
     what = f"right plainly, right with SLOT, fixed, broken, p of {len(golds)} problems"
     own = [*right, fixed, broken, sign_test(fixed, broken)]
-    return {what: own}, {what: list(compare(plain, steered, golds))}
+    yours = compare(plain, steered, golds)
+    return {what: [f" {x}" for x in own]}, {what: [f" {x}" for x in yours]}
 
 
 COMPARE = Exercise(
@@ -210,7 +211,8 @@ def can_gain(h_prompt, x_prompt, h_answer, x_answer, W, b):
 
         <g_answer, δ> = -η <g_prompt, g_answer>
 
-    so it falls, to first order, exactly if the two gradients point the same way. Both are
+    so it falls, to first order, exactly if the two gradients point the same way. (AdamW bends the
+    step: each entry has the sign of -g, but about the same size.) Both gradients are
     Wᵀ(p - y) at δ = 0 (exercise 11): of the prompt's positions, and of the right answer's. Their
     cosine is the agreement: 1 at best, below 0 where SLOT can only hurt.
 
@@ -313,7 +315,7 @@ def can_gain_trial(can_gain):
                                    torch.tensor(answer), W, b)
         yours += [cosine, *control[:3]]
     what = "cosine and the control's first three numbers, three problems"
-    return {what: [f"{x:.3f}" for x in own]}, {what: [f"{x:.3f}" for x in yours]}
+    return {what: [f" {x:.3f}" for x in own]}, {what: [f" {x:.3f}" for x in yours]}
 
 
 CAN_GAIN = Exercise(

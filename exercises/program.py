@@ -63,19 +63,19 @@ def prompt_states(lm, prompt):
 
 
 def answer(*options):
-    """Run generate.py with these options, without speed/ -> {what: words or numbers of it}.
+    """Run generate.py with these options, without speed/ -> {what: words that joined are a text}.
 
     It is the command itself that runs, from the files on; what it prints is not shown but compared.
     """
     tokenizer, given, answered = embedded()[1], [], []
 
     def noting_prompt(lm, tokens, *rest, **options):
-        given.extend(spelled(tokenizer, id) for id in tokens)
+        given.extend(tokenizer.decode([id]) for id in tokens)
         return prefill(lm, tokens, *rest, **options)
 
     def noting_answer(*arguments, **options):
         for id in decode(*arguments, **options):
-            answered.append(spelled(tokenizer, id))
+            answered.append(tokenizer.decode([id]))
             yield id
 
     prefill, decode = generate.prefill, generate.decode
@@ -87,14 +87,10 @@ def answer(*options):
             generate.main(generate.parse_arguments(list(options)))
     found = {"tokens of the prompt": given, "tokens of the answer": answered}
     for line in said.getvalue().splitlines():
-        what, *words = re.split(" {2,}| → ", line.strip())      # loss on the prompt  0.5845 → ...
+        what, *words = re.split(r" {2,}|(?<=\d) → ", line.strip())
         if what in ("loss on the prompt", "more likely", "less likely"):
-            found[what] = words
+            found[what] = [f" {word}" for word in words]
     return found
-
-
-def spelled(tokenizer, id):
-    return repr(tokenizer.decode([id]))
 
 
 def with_and_without(program, *places):
@@ -114,7 +110,7 @@ def parting(own, yours):
     for what, words in own.items():
         others = yours[what]
         if words == others:
-            lines.append(f"{what}: the same {len(words)}: {shortened(words)}")
+            lines.append(f"{what}: the same {len(words)}: {shown(words, '')}")
             continue
         same = False
         at = 0
@@ -122,11 +118,10 @@ def parting(own, yours):
             at += 1
         near = slice(max(0, at - 4), at + 3)
         lines.append(f"{what}: they part at number {at + 1} of {len(words)}")
-        lines.append(f"  the project's own  ... {' '.join(map(str, words[near]))}")
-        lines.append(f"  yours              ... {' '.join(map(str, others[near]))}")
+        lines.append(f"  the project's own: ... {shown(words[near], ' | ')}")
+        lines.append(f"  yours:             ... {shown(others[near], ' | ')}")
     return same, lines
 
 
-def shortened(words, limit=60):
-    text = " ".join(map(str, words))
-    return text if len(text) <= limit else text[:limit] + " ..."
+def shown(words, between):
+    return between.join(words).strip().replace("\n", "⏎")

@@ -322,6 +322,25 @@ def test_what_the_exercise_forbids_does_not_pass(tmp_path):
     body = "return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * weight"
     verdict = student(tmp_path, 1, body)
     assert verdict.status == "not allowed" and "rms_norm" in verdict.text
+    copied = (
+        "class Cache:\n"
+        "    def __init__(self, layers, B, K, max_len, D):\n"
+        "        self.k, self.v = torch.zeros(2, layers, B, K, max_len, D)\n"
+        "        self.pos = 0\n"
+        "    def update(self, layer, k, v):\n"
+        "        end = self.pos + k.shape[2]\n"
+        "        if end > self.k.shape[3]:\n"
+        "            raise ValueError\n"
+        "        self.k[layer, :, :, self.pos:end], self.v[layer, :, :, self.pos:end] = torch.cat([k]), v\n"
+        "        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]\n"
+        "    def advance(self, T):\n"
+        "        self.pos += T\n")
+    path = tmp_path / "cache.py"
+    path.write_text("import torch\n" + copied)
+    verdict = check(4, EXERCISES[4], module_of(path).Cache, path)
+    assert verdict.status == "not allowed" and "cat" in verdict.text
+    path.write_text("import torch\n" + copied.replace("torch.cat([k])", "k"))
+    assert check(4, EXERCISES[4], module_of(path).Cache, path).status == "passed"
     body = "import slot\n" + textwrap.dedent(OTHER_WAYS[9]).strip()
     assert "imports slot" in student(tmp_path, 9, body).text
 

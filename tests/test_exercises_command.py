@@ -3,6 +3,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from exercises import handout
-from exercises.__main__ import try_out
+from exercises.__main__ import main, parse_arguments, try_out
 from exercises.check import ANSWERS, variant
 from exercises.handout import HEADER, work_text
 from exercises.lessons import EXERCISES
@@ -164,6 +165,50 @@ def test_a_work_file_that_does_not_run_gives_one_line(copy, tmp_path, text, line
 def test_wrong_options_give_one_line_and_status_2(copy, arguments):
     done = command(copy, "exercises", *arguments)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+# ---- the README
+
+README = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_syllabus_has_every_exercise_with_its_time_and_level():
+    for number, exercise in EXERCISES.items():
+        assert re.search(rf"\b{number} [^·|]*\({exercise.minutes}( min)?, {exercise.level}\)", README), number
+    assert abs(sum(exercise.minutes for exercise in EXERCISES.values()) - 11 * 60) < 30
+
+
+def test_what_the_readme_says_to_read_is_there():
+    for names, file in (("RMSNorm RotaryEmbedding rotate Attention positions_and_mask KVCache", "model.py"),
+                        ("decode prompt_loss optimize_delta", "slot.py"), ("sampler probabilities", "generate.py"),
+                        ("read_safetensors", "load_weights.py"), ("join", "tokenizer/bpe.py"),
+                        ("Stream", "tokenizer/text.py"), ("optimize_delta_fast", "speed/delta.py"),
+                        ("gradient unigram", "study/measure.py"), ("sign_test", "study/stats.py"),
+                        ("strict", "study/scoring.py"), ("", "speed/batch.py"), ("", "study/README.md")):
+        assert file in README
+        for name in names.split():
+            assert re.search(rf"(def|class) {name}\b", (ROOT / file).read_text(encoding="utf-8")), (file, name)
+
+
+def coarse(text):
+    """Numbers without their last digit, in which machines may differ."""
+    return re.sub(r"(\.\d+)\d\b", r"\1", text)
+
+
+def test_the_transcript_is_what_the_commands_say(tmp_path, capsys):
+    transcript = README.split("### A transcript")[1]
+    first, second = re.findall(r"    \(.*\)\n((?:    .*\n)+)", transcript)
+    stub = "def prompt_loss(logits, tokens, mask):\n"
+    for body, commands in ((first, [["check", "9"]]), (second, [["check", "9"], ["try", "9"]])):
+        work = tmp_path / "work.py"
+        work.write_text(HEADER + stub + body, encoding="utf-8")
+        for command in commands:
+            try:
+                main(parse_arguments(["--work", str(work), *command]))
+            except SystemExit as end:
+                assert end.code == 1
+            said = capsys.readouterr().out
+            assert len(said) > 100 and coarse(said) in coarse(transcript)
 
 
 # ---- try
