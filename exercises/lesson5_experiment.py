@@ -214,7 +214,7 @@ def can_gain(h_prompt, x_prompt, h_answer, x_answer, W, b):
     so it falls, to first order, exactly if the two gradients point the same way. (AdamW bends the
     step: each entry has the sign of -g, but about the same size.) Both gradients are
     Wᵀ(p - y) at δ = 0 (exercise 11): of the prompt's positions, and of the right answer's. Their
-    cosine is the agreement: 1 at best, below 0 where SLOT can only hurt.
+    cosine is the agreement: 1 at best, below 0 where a small step must hurt.
 
     But what does it learn? Exercise 11 says: word counts. So compare it with a control that only
     counts. Its bias on the logits is log(1 + how often the prompt has the word). To be fair it gets
