@@ -192,7 +192,7 @@ BAD = [
     ("only vocab.json and merges.txt", files(lambda c: c.update({"vocab.json": c.pop(TOKENS)["model"]["vocab"], "merges.txt": "h e"})), "tokenizer.json AutoTokenizer"),
     ("only Meta's file", files(lambda c: (c.pop(TOKENS), c.update({"tokenizer.model": b"QQ== 0\nQg== 1\nQw="}))), "tokenizer.json AutoTokenizer"),
     ("added tokens of a book", files(lambda c: c[TOKENS].update(added_tokens=[{"id": 300 + i, "content": f"{i:0120}"} for i in range(9000)])), "added_tokens longer"),
-    ("added tokens of seventy lengths", files(lambda c: c[TOKENS].update(added_tokens=[{"id": 300 + i, "content": "x" * i} for i in range(1, 71)])), "added_tokens lengths"),
+    ("added tokens of seventy lengths", files(lambda c: c[TOKENS].update(added_tokens=[{"id": 300 + i, "content": "<" * i} for i in range(2, 72)])), "added_tokens lengths"),
     ("template strips tags, and more", template("{{ messages[0].content | striptags }}{{ 1/0 }}"), "chat template ZeroDivisionError"),
 ]
 
