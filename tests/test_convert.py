@@ -349,7 +349,9 @@ CASES = {   # what is done to the toy Qwen2 file -> part of the line
     "a token twice": (dict(tokenizer={"tokens": ["!", *TOKENS[1:-1], "!"]}), "holds a text twice"),
     "wrong merges": (dict(tokenizer={"merges": ["x", "y"]}), "merge 0"),
     "an end beyond the vocabulary": (dict(tokenizer={"eos_token_id": 96}), "eos_token_id"),
-    "no layers": (dict(extra={"qwen2.block_count": None}), "num_hidden_layers is missing"),
+    "an end that is a text": (dict(tokenizer={"eos_token_id": "<eos>"}), "eos_token_id is '<eos>'"),
+    "ends that are a list": (dict(tokenizer={"eot_token_id": [1, 2]}), "eot_token_id is [1, 2]"),
+    "no layers": (dict(extra={"qwen2.block_count": None}), "config.json: num_hidden_layers is None"),
     "absurd layers": (dict(extra={"qwen2.block_count": (1 << 32) - 1}), "num_hidden_layers"),
     "more layers than there are": (dict(extra={"qwen2.block_count": 4000}), "num_hidden_layers is 4000"),
     "absurd heads": (dict(extra={"qwen2.attention.head_count": 7}), "num_attention_heads"),
@@ -387,10 +389,10 @@ def test_weights_that_are_no_numbers(tmp_path):
     config, weights = golden("qwen2")
     weights["model.norm.weight"] = np.full(48, 1e30, np.float32)
     write(tmp_path / "x.gguf", weights, config)
-    assert "output_norm.weight" in refused(tmp_path / "x.gguf", tmp_path / "out", "--dtype", "float16")
+    assert "'model.norm.weight' holds NaN or infinity" in refused(tmp_path / "x.gguf", tmp_path / "out", "--dtype", "float16")
     weights["model.norm.weight"][3] = np.nan
     write(tmp_path / "y.gguf", weights, config)
-    assert "output_norm.weight" in refused(tmp_path / "y.gguf", tmp_path / "out")
+    assert "'model.norm.weight' holds NaN or infinity" in refused(tmp_path / "y.gguf", tmp_path / "out")
     del weights["model.norm.weight"]
     write(tmp_path / "z.gguf", weights, config)
     assert "model.norm.weight" in refused(tmp_path / "z.gguf", tmp_path / "out")
@@ -407,6 +409,13 @@ def test_kinds_of_numbers_that_nobody_reads(tmp_path, good):
     blocks = np.zeros((256, 80), np.uint8)
     write(tmp_path / "y.gguf", weights, config, more={"blk.0.ffn_up.weight": (blocks, Kind.Q8_1)})
     assert "Q8_1" in refused(tmp_path / "y.gguf", tmp_path / "out")
+
+
+def test_a_tensor_without_sizes(tmp_path, good):
+    data = good.read_bytes()
+    place = data.index(b"token_embd.weight") + len(b"token_embd.weight")
+    (tmp_path / "x.gguf").write_bytes(data[:place] + struct.pack("<I", 0) + data[place + 20:] + bytes(64))
+    assert "token_embd.weight" in refused(tmp_path / "x.gguf", tmp_path / "out")
 
 
 def test_cut_anywhere(tmp_path, good):
