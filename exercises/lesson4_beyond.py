@@ -35,17 +35,13 @@ def closed_form(hidden, targets, W, steps, lr):
                  g = Wᵀ(p - y)              (d,)
                  L = mean(log s + top - z[target]) + max b - <b, y>
 
-    Then AdamW by hand. With m and v (d,) zero before the first step, i = 1, 2, ... the number of
-    the step:
+    Then AdamW by hand, without its weight decay of 1e-8. Step i = 1, 2, ... from m = v = 0 (d,):
 
                  m = 0.9 m + 0.1 g          v = 0.999 v + 0.001 g²
                  δ = δ - lr * (m / (1 - 0.9^i)) / (sqrt(v / (1 - 0.999^i)) + 1e-5)
 
-    (Its weight decay of 1e-8 is left out.) Report the loss before every step and after the last.
-
-    hidden   (n, d);  targets (n,) int64;  W (V, d)
-    steps    0 or more;  lr  above 0
-    returns  δ (d,) and the losses (steps + 1,)
+    hidden   (n, d);  targets (n,) int64;  W (V, d);  steps  0 or more;  lr  above 0
+    returns  δ (d,); the losses (steps + 1,): before every step, and after the last
 
     By hand: the example of exercise 10: W = (1, -1), h = 0, target 0, lr = 0.1. z = (0, 0), E = (1,
     1), y = (1, 0). Step 1: b = (0, 0), c = (1, 1), s = 2, p = (1, 1) / 2, g = (1, -1)·(-1/2, 1/2) =
