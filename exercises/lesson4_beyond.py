@@ -63,8 +63,7 @@ def closed_form(hidden, targets, W, steps, lr):
     E = (z - top).exp()                                         # (n, V), once
     above = (top[:, 0] - z[torch.arange(n), targets]).mean()
     y = torch.bincount(targets, minlength=V) / n                # (V,)
-    delta, m, v = torch.zeros(3, d)
-    losses = []
+    (delta, m, v), losses = torch.zeros(3, d), []
     for i in range(1, steps + 2):
         b = W @ delta                                           # (V,)
         c = (b - b.max()).exp()                                 # (V,)
