@@ -47,13 +47,13 @@ def start(device, ranks=None):
     of the first. Only the first rank of each prints. ValueError if the numbers do not fit.
     """
     check_ranks(os.environ, device, ranks)
-    rank, world, local = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    place, world, local = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     ranks = ranks or world
-    model, rank = divmod(rank, ranks)
+    model, own = divmod(place, ranks)
     store, _, _ = together(next, dist.rendezvous("env://", timeout=TIMEOUT))
-    together(dist.init_process_group, store=dist.PrefixStore(f"model {model}", store), rank=rank,
+    together(dist.init_process_group, store=dist.PrefixStore(f"model {model}", store), rank=own,
              world_size=ranks, timeout=TIMEOUT)
-    if rank > 0:
+    if own > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")         # errors know sys.__stderr__
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
     return f"cuda:{local}" if device == "cuda" else device, ranks, model
@@ -62,6 +62,11 @@ def start(device, ranks=None):
 def size():
     """How many ranks form the model: 1 without torchrun."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """Which of them this one is."""
+    return dist.get_rank() if size() > 1 else 0
 
 
 def together(operation, *arguments, **more):
@@ -82,7 +87,7 @@ def total(x, **operation):
 
 def first(make):
     """What make() returns on rank 0, on every rank: standard input has one reader."""
-    box = [make() if size() == 1 or dist.get_rank() == 0 else None]
+    box = [make() if rank() == 0 else None]
     if size() > 1:
         together(dist.broadcast_object_list, box)
     return box[0]
@@ -91,7 +96,7 @@ def first(make):
 def agreed(choose):
     """choose: logits (V,) -> id. The same for all ranks: rank 0 draws and tells the others."""
     def told(logits):
-        id = torch.tensor(choose(logits) if dist.get_rank() == 0 else 0)
+        id = torch.tensor(choose(logits) if rank() == 0 else 0)
         together(dist.broadcast, id, 0)
         return id.item()
     return told if size() > 1 else choose
@@ -101,8 +106,7 @@ def agreed(choose):
 
 def share(count):
     """-> the slice of `count` rows that this rank keeps; parts differ by one row at most."""
-    rank, ranks = dist.get_rank(), size()
-    return slice(count * rank // ranks, count * (rank + 1) // ranks)
+    return slice(count * rank() // size(), count * (rank() + 1) // size())
 
 
 def parts_of(config):
@@ -117,7 +121,7 @@ def parts_of(config):
     inner = share(config.intermediate_size)
     parts = {"gate_proj": (0, inner), "up_proj": (0, inner), "down_proj": (1, inner)}
     if H % ranks == 0 and (K % ranks == 0 or ranks % K == 0):
-        queries, begin = share(H * D), K * dist.get_rank() // ranks * D
+        queries, begin = share(H * D), K * rank() // ranks * D
         keys = slice(begin, begin + max(1, K // ranks) * D)
         parts |= {"q_proj": (0, queries), "k_proj": (0, keys), "v_proj": (0, keys),
                   "o_proj": (1, queries)}
@@ -135,7 +139,7 @@ def part(parts, name, weight):
     elif kind == "weight":
         kept = weight[:, mine]
     else:                               # o, down: a sum needs its bias once, so rank 0 brings it
-        kept = weight if dist.get_rank() == 0 else torch.zeros_like(weight)
+        kept = weight if rank() == 0 else torch.zeros_like(weight)
     return kept.clone(memory_format=torch.contiguous_format)
 
 

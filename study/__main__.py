@@ -4,8 +4,10 @@
     python -m study --quick                 a look of a minute, for a change of slot.py
     python -m study --quick --slot-file my_slot.py        ... or of a copy of it
     python -m study --task gsm8k --data test.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --limit 200
+    torchrun --nproc-per-node 8 -m study --tensor-parallel 2 --device cuda ...      see README.md
 """
 import argparse
+import os
 from pathlib import Path
 
 from checks.command import Parser, early_signals, number, run
@@ -64,6 +66,8 @@ def parser():
     add("--seed", type=number(int, 0, 2 ** 31), default=0, metavar="S",
         help="of tiny's problems, GPQA's options, random δ")
     add("--out", metavar="DIR", help="results, also of a run to go on with (default runs/TASK)")
+    add("--tensor-parallel", type=number(int, 1, 1 << 16), default=1, metavar="N",
+        help="under torchrun: N ranks form a model, the other ranks its replicas (default 1)")
     add("--device", default="cpu", metavar="D", help="cpu (default), cuda, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     return parser
@@ -80,6 +84,8 @@ def parse_arguments(arguments=None):
         command.error(f"--task {args.task} needs --data FILE: {task['data']}")
     if args.points and (args.steps or args.lr):
         command.error("give --points, or --steps and --lr")
+    if args.tensor_parallel > 1 and "RANK" not in os.environ:
+        command.error("--tensor-parallel needs torchrun, which starts the processes")
     if args.slot_fast and args.slot_file:
         command.error("--slot-file runs the loop of that file; leave --slot-fast out")
     if not args.points and args.quick and not (args.steps or args.lr):

@@ -27,6 +27,7 @@ from study.tasks import TASKS
 try:
     import speed.batch
     import speed.delta
+    import speed.parallel
 except ImportError:                         # without speed/ prompts are answered one by one
     speed = None
 
@@ -38,7 +39,8 @@ class Text:
 
     def __init__(self, lm_head, hidden, ids):
         self.lm_head, self.count = lm_head, len(ids)
-        rows = max(1, KEPT // len(lm_head.weight))
+        self.vocabulary = getattr(lm_head, "vocabulary", len(lm_head.weight))   # also of many ranks
+        rows = max(1, KEPT // self.vocabulary)
         targets = torch.tensor(ids, dtype=torch.int64, device=hidden.device)
         self.pieces = list(zip(hidden.split(rows), targets.split(rows)))
         self.kept = lm_head(hidden) if self.count <= rows else None         # W h, for all settings
@@ -61,12 +63,14 @@ class Text:
         """Of the plain loss with respect to δ at δ = 0, times n: Wᵀ(p - y), (d,) float32.
         p: the sum of the predicted distributions; y: of what came, one-hot."""
         weight = self.lm_head.weight
-        residual = torch.zeros(len(weight), device=weight.device)           # p - y (V,)
+        residual = torch.zeros(self.vocabulary, device=weight.device)       # p - y (V,)
         for logits, targets in self.logits():
             residual += logits.softmax(-1).sum(0)
-            residual -= torch.bincount(targets, minlength=len(weight))
+            residual -= torch.bincount(targets, minlength=self.vocabulary)
+        residual = residual[getattr(self.lm_head, "mine", slice(None))]     # a rank's own rows
         parts = zip(residual.split(1 << 14), weight.split(1 << 14))         # small float32 copies
-        return sum(r @ w.float() for r, w in parts)
+        gradient = sum(r @ w.float() for r, w in parts)
+        return gradient if len(residual) == self.vocabulary else speed.parallel.total(gradient)
 
 
 def unigram(ids, like):
@@ -85,7 +89,10 @@ class Study:
     def __init__(self, args, lm, tokenizer, problems, new):
         self.args, self.lm, self.tokenizer = args, lm, tokenizer
         self.problems, self.new = problems, new
-        self.optimize = speed.delta.optimize_delta_fast if args.slot_fast else slot.optimize_delta
+        self.optimize = slot.optimize_delta
+        if args.slot_fast:
+            fast = speed.parallel if args.tensor_parallel > 1 else speed.delta
+            self.optimize = fast.optimize_delta_fast
         kinds = dict.fromkeys(p.kind for p in problems)
         self.groups = [[i for i, p in enumerate(problems) if p.kind == kind] for kind in kinds]
         self.partner = {}                                   # sample -> whose δ it takes as wrong

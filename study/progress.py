@@ -5,9 +5,10 @@ import time
 
 
 class Progress:
-    """settings: their names, in order. samples: how many."""
+    """settings: their names, in order. samples: how many. quiet: show nothing."""
 
-    def __init__(self, rows, settings, samples):
+    def __init__(self, rows, settings, samples, quiet=False):
+        self.quiet = quiet
         self.samples, self.total, self.done = samples, len(settings) * samples, 0
         self.verdicts = {name: [] for name in settings}
         self.began = self.last = time.monotonic()
@@ -22,7 +23,7 @@ class Progress:
 
     def show(self):
         terminal, now = sys.stderr.isatty(), time.monotonic()
-        if not terminal and now - self.last < 60:
+        if self.quiet or not terminal and now - self.last < 60:
             return
         self.last = now
         rate = (self.done - self.first) / (now - self.began + 1e-9)         # results a second
@@ -39,5 +40,5 @@ class Progress:
         print(line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     def end(self):
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.quiet:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,5 @@
 """DIR/results.jsonl, a line a sample and setting, and what the lines depend on: DIR/arguments.json.
+Replicas (torchrun) write results-1.jsonl, ... beside it; all of them together are the results.
 
 A run that was killed goes on from its lines, so they must be its own: same options, same model,
 same problems, and the same source of the rooms that make the numbers. Whatever is damaged or
@@ -8,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,9 +19,9 @@ SOURCE = ("slot.py", "generate.py", "model.py", "load_weights.py", "tokenizer/*.
           "study/scoring.py")
 
 
-def source_digests(fast, slot_file):
+def source_digests(fast, slot_file, parallel=False):
     """{file: digest} of the code that makes the numbers."""
-    patterns = [*SOURCE, "speed/delta.py"] if fast else SOURCE
+    patterns = [*SOURCE] + ["speed/delta.py"] * fast + ["speed/parallel.py"] * parallel
     paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     found = {path.relative_to(ROOT).as_posix(): digest(path) for path in paths}
     return found | ({"--slot-file": digest(slot_file)} if slot_file else {})
@@ -39,7 +41,7 @@ def digest(path):
 
 def write_whole(path, data):
     """Bytes into a file: all of them, or the file stays as it was. OSError names it."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")        # replicas may write at once
     try:
         part.write_bytes(data)
         os.replace(part, path)
@@ -49,17 +51,17 @@ def write_whole(path, data):
 
 
 class Results:
-    """`rows`: {(sample, setting): result}. One process at a time; without a folder, in memory only.
+    """`rows`: {(sample, setting): result}. One process a file; without a folder, in memory only.
 
     kinds: of every sample, in order. settings: their names. decoded: whether answers are written,
-    or only losses. ValueError where the folder holds anything else.
+    or only losses. replica: who writes. ValueError where the folder holds anything else.
     """
 
-    def __init__(self, folder, arguments, kinds, settings, decoded=True):
+    def __init__(self, folder, arguments, kinds, settings, decoded=True, replica=0):
         self.rows, self.file = {}, None
         if folder is None:
             return
-        self.path = folder / "results.jsonl"
+        self.path = folder / (f"results-{replica}.jsonl" if replica else "results.jsonl")
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and not self.path.is_file():
             raise ValueError(f"{self.path}: is not a regular file; give another --out")
@@ -83,7 +85,7 @@ class Results:
                              "give another --out") from None
 
     def check_arguments(self, path, arguments):
-        if self.path.stat().st_size == 0:
+        if not any(file.stat().st_size for file in self.files()):
             write_whole(path, (json.dumps(arguments, indent=1) + "\n").encode())
         try:
             old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -96,28 +98,40 @@ class Results:
             if old.get(name) != arguments.get(name):
                 raise ValueError(difference(path.parent, name, old.get(name), arguments.get(name)))
 
+    def files(self):
+        """Of all replicas, also those of a run with more of them."""
+        names = re.compile(r"results(-\d+)?\.jsonl")
+        return sorted(file for file in self.path.parent.iterdir() if names.fullmatch(file.name))
+
     def read(self, kinds, settings, decoded):
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):                                       # stopped within a line
-            print(f"resume    {self.path}: repaired a torn last line of {len(data) - whole} "
-                  "bytes", file=sys.stderr)
-            os.ftruncate(self.file, whole)
         places = {}
-        for count, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
-            try:
-                row = json.loads(line)
-                wrong = what_is_wrong(row, kinds, settings, decoded)
-            except (ValueError, RecursionError):
-                wrong = "not JSON"
-            if wrong:
-                raise ValueError(f"{self.path}: line {count} is damaged ({wrong}); delete it, and "
-                                 "its answer is made again")
-            key = row["sample"], row["setting"]
-            if key in places and self.rows[key] | dict(seconds=None) != row | dict(seconds=None):
-                raise ValueError(f"{self.path}: lines {places[key]} and {count} are of one sample "
-                                 "and setting and contradict each other; delete both")
-            places[key], self.rows[key] = count, row
+        for file in self.files():
+            data = file.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data) and file == self.path:             # stopped within a line
+                print(f"resume    {file}: repaired a torn last line of {len(data) - whole} "
+                      "bytes", file=sys.stderr)
+                os.ftruncate(self.file, whole)
+            for count, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
+                self.read_line(file, count, line, kinds, settings, decoded, places)
+
+    def read_line(self, file, count, line, kinds, settings, decoded, places):
+        """places: where the rows stand that were read before."""
+        try:
+            row = json.loads(line)
+            wrong = what_is_wrong(row, kinds, settings, decoded)
+        except (ValueError, RecursionError):
+            wrong = "not JSON"
+        if wrong:
+            raise ValueError(f"{file}: line {count} is damaged ({wrong}); delete it, and its "
+                             "answer is made again")
+        key = row["sample"], row["setting"]
+        if key in places and self.rows[key] | dict(seconds=None) != row | dict(seconds=None):
+            where, line = places[key]
+            other = f"{line}" if where == file else f"{line} of {where.name}"
+            raise ValueError(f"{file}: lines {other} and {count} are of one sample and setting and "
+                             "contradict each other; delete both")
+        places[key], self.rows[key] = (file, count), row
 
     def add(self, row):
         self.rows[row["sample"], row["setting"]] = row

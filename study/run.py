@@ -1,6 +1,7 @@
 """The run: problems in batches, every missing result measured and kept as it comes, the report."""
 import hashlib
 import json
+import os
 import sys
 import time
 from importlib import metadata, util
@@ -18,6 +19,7 @@ from tokenizer import load_tokenizer
 
 try:
     import speed.linear
+    import speed.parallel
 except ImportError:
     speed = None
 
@@ -28,16 +30,27 @@ def main(args):
         raise ValueError("--slot-fast needs speed/, which is not there; leave it out")
     if args.slot_fast:
         loop = "closed form"
+    device, ranks, replica, replicas = args.device, 1, 0, 1
+    if "RANK" in os.environ:                    # torchrun: replicas that share the samples
+        if not speed:
+            raise ValueError("torchrun needs speed/, which is not there; start one process")
+        device, ranks, replica = speed.parallel.start(device, args.tensor_parallel)
+        replicas = int(os.environ["WORLD_SIZE"]) // ranks
+    if replicas > 1 and not args.out:
+        raise ValueError("replicas share their results in a folder: give --out")
     every = read_problems(args)
-    check_device(args.device)
+    check_device(device)
     if args.task == "math500" and not util.find_spec("math_verify"):
         raise ValueError("--task math500 needs the authors' own scorer of formulas: pip install "
                          "'math-verify[antlr4_13_2]'")
     folder = find_model(args.model)
     tokenizer = load_tokenizer(folder)
-    lm = load_model(folder, args.device, args.dtype)
-    if speed:
-        speed.linear.use(lm)
+    if ranks > 1:
+        lm, _ = speed.parallel.load_model(folder, device, args.dtype)
+    else:
+        lm = load_model(folder, device, args.dtype)
+        if speed:
+            speed.linear.use(lm)
     positions = lm.config.max_position_embeddings
     new = args.max_new_tokens or max(1, min(TASKS[args.task]["new"], positions // 4))
     problems, too_long = tokenized(args, every, tokenizer, positions - new)
@@ -47,16 +60,35 @@ def main(args):
                          "leave it out")
 
     names, kinds = [setting.name for setting in settings], [p.kind for p in problems]
-    results = Results(args.out, what_decides(study, folder), kinds, names, not args.only)
-    progress = Progress(results.rows.values(), names, len(kinds))
+    writes = ranks == 1 or speed.parallel.rank() == 0
+    results = Results(args.out if writes else None, what_decides(study, folder), kinds, names,
+                      not args.only, replica)
+    if ranks > 1:
+        results.rows = speed.parallel.first(lambda: results.rows)
+    batches = batches_of(study)[replica::replicas]
+    own = {sample for batch in batches for sample in batch}
+    there = [row for row in results.rows.values() if row["sample"] in own]
+    progress = Progress(there, names, len(own), quiet=replica > 0)
     line = f"study     {args.task}: {len(kinds)} samples, {len(names)} settings, {loop}"
+    if replicas > 1:
+        line += f", {replicas} replicas, {len(own)} samples for the first"
     if args.out:
         line += f" -> {args.out}"
     if progress.done:
         line += f"; {progress.done:,} of {progress.total:,} answers are there already"
-    print(line, file=sys.stderr)
-    work(study, settings, results, progress)
+    if replica == 0:
+        print(line, file=sys.stderr)
+    work(study, batches, settings, results, progress)
 
+    if replicas > 1 and writes:
+        results.read(kinds, names, not args.only)           # what the others have by now
+        missing = len(names) * len(kinds) - len(results.rows)
+        if missing and replica == 0:
+            print(f"study     the first replica has done its share; {missing:,} answers are still "
+                  "missing, and who brings the last writes the report", file=sys.stderr)
+        writes = not missing
+    if not writes:
+        return results.close()
     rows = list(results.rows.values())
     if args.quick:
         print(report.quick(args, rows), f"{loop}, {time.perf_counter() - began:.0f} s", sep="\n")
@@ -66,22 +98,28 @@ def main(args):
     results.close()
 
 
-def work(study, settings, results, progress):
+def batches_of(study):
+    """-> lists of samples of one kind. The same for any number of replicas: the bits of an answer
+    can depend on who stands beside it."""
+    size = 1 if study.args.only else study.args.batch
+    return [group[start:start + size]
+            for group in study.groups for start in range(0, len(group), size)]
+
+
+def work(study, batches, settings, results, progress):
     """Measure what is missing. Always the whole batch, even if a killed run has done part of it: a
     product over other rows can differ in the last bit, and a run in two pieces must be the run in
     one piece."""
-    size = 1 if study.args.only else study.args.batch
-    for group in study.groups:
-        for start in range(0, len(group), size):
-            rows, missing = group[start:start + size], {}
-            for setting in settings:
-                left = [i for i in rows if (i, setting.name) not in results.rows]
-                if left:
-                    missing[setting] = left
-            for row in study.measure(rows, missing):
-                results.add(row)
-                progress.count(row)
-                progress.show()
+    for rows in batches:
+        missing = {}
+        for setting in settings:
+            left = [i for i in rows if (i, setting.name) not in results.rows]
+            if left:
+                missing[setting] = left
+        for row in study.measure(rows, missing):
+            results.add(row)
+            progress.count(row)
+            progress.show()
     progress.end()
 
 
@@ -89,12 +127,14 @@ def what_decides(study, folder):
     """All that the results depend on; where it differs, it is another run."""
     args, options = study.args, ("task", "points", "control", "control_points", "only", "limit",
                                  "skip", "shots", "split", "batch", "seed", "device", "slot_fast")
+    ranks = {"tensor_parallel": args.tensor_parallel} if args.tensor_parallel > 1 else {}
     libraries = ["torch"] + ["math-verify"] * (args.task == "math500")
     asked = hashlib.sha256(json.dumps(study.problems).encode()).hexdigest()[:16]
     return {name: getattr(args, name) for name in options} | dict(
         max_new_tokens=study.new, dtype=dtype_of(study.lm), problems=asked,
-        model=model_digests(folder), source=source_digests(args.slot_fast, args.slot_file),
-        libraries={name: metadata.version(name) for name in libraries})
+        model=model_digests(folder),
+        source=source_digests(args.slot_fast, args.slot_file, parallel=bool(ranks)),
+        libraries={name: metadata.version(name) for name in libraries}) | ranks
 
 
 def dtype_of(lm):
@@ -109,6 +149,8 @@ def notes_of(study, every, positions, too_long):
     right = sum(strict(p.reference, p.gold, args.task == "math500") for p in every)
     theirs = [paper(p.reference, p.gold) for p in every]
     known = any(verdict is not None for verdict in theirs)
+    if args.tensor_parallel > 1:
+        name += f", in parts: of each of {args.tensor_parallel} ranks"
     notes = [f"Model: {name}, {size:,.2f} M parameters, {dtype_of(study.lm)}, {args.device}. "
              f"Greedy decoding, at most {new} new tokens; {args.shots} solved problems before each "
              "question.",
