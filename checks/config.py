@@ -14,6 +14,12 @@ SIZES = {               # the largest value that is taken seriously
     "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 24,
     "head_dim": 1 << 14, "max_position_embeddings": 1 << 30,
 }
+KINDS = {               # what may be null or missing, but nothing else
+    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"),
+                    ((bool,), "true or false")),
+    **dict.fromkeys(("sliding_window", "max_window_layers"), ((int,), "an integer")),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), ((int, list), "an id")),  # not used here
+}
 
 
 def check_config(path, raw):
@@ -21,14 +27,11 @@ def check_config(path, raw):
     generation_config.json are checked too: with wrong ones an answer would never end."""
     check_family(path, raw)
     check_sizes(path, raw)
+    for name, (kinds, what) in KINDS.items():           # `type`: to isinstance, True is an int
+        if raw.get(name) is not None and type(raw[name]) not in kinds:
+            fail(path, raw, name, f"needs {what}, or null")
     check_windows(path, raw)
     check_rope(path, raw)
-    for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
-        if type(raw.get(name)) not in (bool, type(None)):
-            fail(path, raw, name, "needs true or false")
-    for name in ("bos_token_id", "pad_token_id"):       # not used here; some folders list several
-        if type(raw.get(name)) not in (int, list, type(None)):
-            fail(path, raw, name, "needs an id or null")
     for name in ("dtype", "torch_dtype"):
         value = raw.get(name)
         value = value.removeprefix("torch.") if isinstance(value, str) else value
@@ -74,7 +77,7 @@ def check_sizes(path, raw):
         value = raw.get(name)
         if value is None and name in optional:
             continue
-        if type(value) is not int or not 0 < value <= most:     # to isinstance, True is an int
+        if type(value) is not int or not 0 < value <= most:
             fail(path, raw, name, f"needs an integer from 1 to {most:,}")
 
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
@@ -97,15 +100,9 @@ def check_windows(path, raw):
     layers, kinds = raw["num_hidden_layers"], raw.get("layer_types")
     if kinds is not None and kinds != ["full_attention"] * layers:
         fail(path, raw, "layer_types", "only full_attention, once for every layer, is implemented")
-    for name in ("sliding_window", "max_window_layers"):
-        if type(raw.get(name)) not in (int, type(None)):
-            fail(path, raw, name, "needs an integer or null")
-    in_use = raw.get("use_sliding_window")
-    if type(in_use) not in (bool, type(None)):
-        fail(path, raw, "use_sliding_window", "needs true or false")
-    if in_use and kinds is None and raw.get("sliding_window") is not None:
-        if (raw.get("max_window_layers") or 0) < layers:
-            fail(path, raw, "use_sliding_window", "sliding-window attention is not implemented")
+    in_use = raw.get("use_sliding_window") and raw.get("sliding_window") is not None
+    if in_use and kinds is None and (raw.get("max_window_layers") or 0) < layers:
+        fail(path, raw, "use_sliding_window", "sliding-window attention is not implemented")
 
 
 def check_rope(path, raw):

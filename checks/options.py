@@ -57,8 +57,10 @@ def check_options(parser, args):
             (args.raw and args.system, "--system needs the chat template that --raw leaves out"),
             (several and args.compare, "--compare takes one prompt"),
             (several and args.save_delta is not None, "--save-delta takes one prompt"),
-            (args.delta is not None and args.slot_steps, "--delta brings a δ; leave --slot-steps out"),
-            (args.save_delta is not None and not args.slot_steps, "--save-delta needs --slot-steps"),
+            (args.delta is not None and args.slot_steps,
+             "--delta brings a δ; leave --slot-steps out"),
+            (args.save_delta is not None and not args.slot_steps,
+             "--save-delta needs --slot-steps"),
             ("RANK" in os.environ and (args.delta is not None or args.save_delta is not None),
              "--delta and --save-delta are for one process, without torchrun")):
         if wrong:

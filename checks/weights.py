@@ -27,7 +27,7 @@ def check_layers(folder, config, tensors):
                          f"are: {names}; give a folder as transformers saves it")
     if len(layers) != config.num_hidden_layers:
         raise ValueError(f"{show(Path(folder), 100)}: num_hidden_layers is "
-                         f"{config.num_hidden_layers} but the weights have {len(layers)} layers; {DO}")
+                         f"{config.num_hidden_layers}, but there are {len(layers)} layers; {DO}")
 
 
 def check_weights(folder, config, tensors, expected):
@@ -74,5 +74,6 @@ def check_finite(lm):
 def check_device(device):
     try:
         torch.zeros(1, device=device).item()
-    except Exception as error:                                  # torch's own kinds of error differ by device
-        raise ValueError(f"--device {show(device)} is not available here: {show(str(error), 160)}") from None
+    except Exception as error:                  # torch's own kinds of error differ by device
+        raise ValueError(f"--device {show(device)} is not available here: "
+                         f"{show(str(error), 160)}") from None
