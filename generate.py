@@ -2,6 +2,7 @@
 
     python generate.py --slot-steps 3                   a held-out problem of the embedded model
     python generate.py --compare                        the plain answer and SLOT's beside it
+    python generate.py --picture out.html               ... and a page of what δ saw and changed
     python generate.py --model smollm2 "Why is the sky blue?" --slot-steps 3
 
 Text goes to stdout, figures to stderr. The method itself is slot.py; from Python:
@@ -86,9 +87,10 @@ def heldout_problem(args):
     place, why = args.problem or 1, ""
     if args.compare and not args.problem:
         place, why = COMPARE_PROBLEM, ", chosen because SLOT changes its answer"
-    question = heldout("common", place)[-1].question
-    say(f"prompt    held-out problem {place} of the embedded model{why}:\n{question}\n")
-    return question
+    problem = heldout("common", place)[-1]
+    args.reference = args.reference or problem.answer
+    say(f"prompt    held-out problem {place} of the embedded model{why}:\n{problem.question}\n")
+    return problem.question
 
 
 def load(args, asked):
@@ -256,8 +258,9 @@ def main(args):
     if torchrun:
         args.device, args.ranks, _ = speed.parallel.start(args.device)
         first = speed.parallel.first
-    if args.save_delta is not None:
-        check_target(args.save_delta)           # before the work
+    for target in (args.save_delta, args.picture):
+        if target is not None:
+            check_target(target)                # before the work
     asked = first(lambda: read_prompts(args))
     prompts = asked or [(heldout_problem(args), args.system, "")]
     check_text(prompts)
@@ -274,6 +277,11 @@ def main(args):
             check_memory(longest, lm.config.vocab_size, args.device)
     fit = optimizer(args, lm)
     draws = [partial(drawer, args, args.seed + place) for place in range(len(ids))]
+    if args.picture is not None:                # it looks on from between
+        from study.picture import Picture
+        empty, = prompt_ids(args, tokenizer, [("\0", *prompts[0][1:])])
+        picture = Picture(args, lm, tokenizer, empty, fit, draws[0])
+        fit, draws = picture.fit, [picture.draw]
     together = TOGETHER if speed and len(ids) > 1 else 1
     try:
         for place, (prompt, *_) in enumerate(prompts):
@@ -286,6 +294,9 @@ def main(args):
                 print(answers[place % together], flush=True)
             else:
                 answer_one(args, lm, tokenizer, ids[place], new, fit, draws[place])
+        if args.picture is not None:
+            picture.write()
+            say(f"picture   {show(Path(args.picture))}")
     except ValueError:
         check_finite(lm)                        # the better reason, where a weight is the cause
         raise

@@ -30,6 +30,8 @@ def parse_arguments(arguments=None):
     add("--save-delta", metavar="FILE", help="keep δ as a safetensors file")
     add("--delta", metavar="FILE", help="answer with a δ that was kept, instead of fitting one")
     add("--compare", action="store_true", help="the plain answer, then SLOT's (5 steps at 0.1)")
+    add("--picture", metavar="FILE", help="as --compare, and a web page of what δ saw and changed")
+    add("--reference", metavar="TEXT", help="a right answer: the page shows how its loss changes")
     add("--max-new-tokens", type=number(int, 1, 1 << 30), metavar="N",
         help=f"(default {NEW_TOKENS})")
     add("--temperature", type=number(float, 0), default=0.0, metavar="T", help="(0: greedy)")
@@ -40,6 +42,7 @@ def parse_arguments(arguments=None):
     add("--device", default="cpu", metavar="D", help="cpu (default), cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     args = parser.parse_args(arguments)
+    args.compare = args.compare or args.picture is not None
     if args.slot_steps is None:
         args.slot_steps = 3 if args.slot_lr else 0
         if args.compare and args.delta is None and not args.slot_lr:
@@ -55,13 +58,17 @@ def check_options(parser, args):
     for wrong, why in (
             (args.prompt and args.prompts is not None, "give prompts or --prompts, not both"),
             (args.raw and args.system, "--system needs the chat template that --raw leaves out"),
-            (several and args.compare, "--compare takes one prompt"),
+            (several and args.compare, "--compare and --picture take one prompt"),
             (several and args.save_delta is not None, "--save-delta takes one prompt"),
             (args.delta is not None and args.slot_steps,
              "--delta brings a δ; leave --slot-steps out"),
             (args.save_delta is not None and not args.slot_steps,
              "--save-delta needs --slot-steps"),
-            ("RANK" in os.environ and (args.delta is not None or args.save_delta is not None),
-             "--delta and --save-delta are for one process, without torchrun")):
+            (args.picture is not None and not args.slot_steps and args.delta is None,
+             "--picture shows what δ does; let --slot-steps be at least 1"),
+            (args.reference is not None and args.picture is None, "--reference needs --picture"),
+            ("RANK" in os.environ and any(
+                path is not None for path in (args.delta, args.save_delta, args.picture)),
+             "--delta, --save-delta and --picture are for one process, without torchrun")):
         if wrong:
             parser.error(why)

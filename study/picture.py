@@ -1,20 +1,8 @@
-"""A picture of one prompt: what δ saw in it, what δ changed, where the answer turned.
-
-    python generate.py --picture out.html
-
-`Picture` looks on while the command fits δ and decodes, so the page shows what the command did.
-The numbers go into the page as JSON; picture.html, beside this file, draws them.
-
-Letters: n positions, d width, V vocabulary, K ways to change the logits (the first: not at all).
-"""
-import base64
-import hashlib
+"""A picture of one prompt: what δ saw in it, what δ changed, where the answer turned. `Picture` looks
+on while generate.py fits δ and decodes; picture.html, beside this file, draws it."""
 import json
-import re
-import shlex
-import sys
+import os
 import time
-import unicodedata
 from pathlib import Path
 
 import torch
@@ -24,79 +12,90 @@ import slot
 from study.measure import unigram
 from study.results import write_whole
 
-STEPS = 20              # of a longer fit so many are shown
-LIKELIEST = 5           # tokens kept at a position of an answer; at one of the prompt, 3
-SHIFTED = 6             # tokens at either end of what δ changes
-PIECE = 1 << 24         # logits at a time
-
 
 class Picture:
-    """Stands between generate.py and what it calls: `fit`, and `choose` for the plain answer before
-    the fit and for the answer with δ after it."""
-
-    def __init__(self, args, lm, tokenizer, template_ids, fit, choose):
-        """template_ids: what the chat template makes of no prompt."""
+    def __init__(self, args, lm, tokenizer, template_ids, fit, draw):
+        """fit, draw: what generate.py would call. template_ids: of an empty prompt."""
         self.args, self.lm, self.tokenizer, self.template_ids = args, lm, tokenizer, template_ids
-        self.given_fit, self.given_choose = fit, choose
-        self.deltas, self.answers, self.words = [], [[]], {}
+        self.given_fit, self.given_draw, self.deltas, self.answers = fit, draw, [], []
 
-    def fit(self, hidden, tokens, lm_head, steps, lr):
-        """The fit that was given. What its optimizer leaves after each step is δ after that step."""
-        def keep(optimizer, *_):
-            self.deltas.append(optimizer.param_groups[0]["params"][0].detach().clone())
+    def fit(self, hidden, tokens, *others):
+        """The fit that was given; what its optimizer leaves after a step is δ after that step."""
+        began = time.perf_counter()
+        with register_optimizer_step_post_hook(lambda optimizer, *_: self.deltas.append(
+                optimizer.param_groups[0]["params"][0].detach().clone())):
+            delta, self.losses = self.given_fit(hidden, tokens, *others)
+        self.hidden, self.tokens, self.seconds = hidden[0], tokens, time.perf_counter() - began
+        self.deltas[-1:] = [delta]                      # the only one if --delta brings it
+        return delta, self.losses
 
-        began, hook = time.perf_counter(), register_optimizer_step_post_hook(keep)
-        try:
-            delta, losses = self.given_fit(hidden, tokens, lm_head, steps, lr)
-        finally:
-            hook.remove()
-        if not (self.deltas and torch.equal(self.deltas[-1], delta)):
-            self.deltas = [delta]           # read from a file, or fitted in another way
-        self.seconds, self.losses = time.perf_counter() - began, losses.tolist()
-        self.hidden, self.tokens = hidden[0], list(tokens)
-        self.answers.append([])
-        return delta, losses
+    def draw(self):
+        """The choice of tokens that was given; keeps what there was to choose from."""
+        given, seen = self.given_draw(), []
+        self.answers.append(seen)
 
-    def choose(self, logits):
-        id = self.given_choose(logits)
-        p = logits.softmax(-1)
-        top = p.topk(LIKELIEST)
-        self.answers[-1].append((id, p[id].item(), top.indices.tolist(), top.values.tolist()))
-        return id
+        def choose(logits):
+            id, p = given(logits), logits.softmax(-1)
+            seen.append([self.word(id), p[id].item(), self.likeliest(*p.topk(5))])
+            return id
+        return choose
+
+    def word(self, id):
+        """A token, harmless: ⟨U+202E⟩ for a character that has no shape, ⟨E2⟩ for a lone byte."""
+        text = self.tokenizer.bytes_of(id).decode("utf-8", "surrogateescape") or f"⟨{id}⟩"
+        return "".join(c if c.isprintable() or c == "\n" else
+                       f"⟨U+{ord(c):04X}⟩".replace("U+DC", "") for c in text)
+
+    def likeliest(self, p, ids):
+        return [[self.word(id), each] for each, id in zip(p.tolist(), ids.tolist())]
+
+    def read(self, hidden, came, biases):
+        """hidden (n, d) before tokens (n,); biases (K, V) on the logits -> losses [K][n], the three
+        likeliest tokens [K][n], and the mean probability of every token (K, V)."""
+        losses, tops, means = [[] for _ in biases], [[] for _ in biases], torch.zeros_like(biases)
+        rows, came = 1 + (1 << 24) // biases.shape[1], torch.tensor(came, device=biases.device)
+        for h, x in zip(hidden.split(rows), came[:, None].split(rows)):
+            Wh = self.lm.lm_head(h).float()                                         # (rows, V)
+            for k, bias in enumerate(biases):
+                log_p = slot.steer(Wh, bias).log_softmax(-1)
+                top = log_p.topk(3)
+                losses[k] += (-log_p.gather(1, x)[:, 0]).tolist()
+                tops[k] += map(self.likeliest, top.values.exp(), top.indices)
+                means[k] += log_p.exp_().sum(0) / len(came)
+        return losses, tops, means
 
     @torch.no_grad()
     def data(self):
-        """-> all that the page shows, ready for JSON."""
-        head, tokens, args = self.lm.lm_head, self.tokens, self.args
-        every = len(self.deltas)
-        shown = min(STEPS, every)
-        steps = sorted({round(place * every / shown) for place in range(shown + 1)})
-        W_deltas = [head(self.deltas[step - 1].to(head.weight.dtype)).float().flatten()
-                    for step in steps[1:]]
+        """What the page shows. The first bias is none, the last is the control's."""
+        args, lm, tokens, count = self.args, self.lm, self.tokens, len(self.deltas)
+        steps = sorted({0, *range(count, 0, -(-(-count // 20)))})           # at most 20, and none
+        deltas = torch.cat([self.deltas[step - 1] for step in steps[1:]])
+        W_deltas = lm.lm_head(deltas.to(lm.lm_head.weight.dtype))[:, 0].float()
         control = unigram(tokens, like=W_deltas[-1])
-        biases = torch.stack([torch.zeros_like(control), *W_deltas, control])           # (K, V)
-
-        losses, means, ids, p = read(head, self.hidden[:-1], tokens[1:], biases)
-        _, at_next, _, _ = read(head, self.hidden[-1:], tokens[:1], biases)
-        unseen, count = None, 0
-        if args.reference:
-            room = self.lm.config.max_position_embeddings - len(tokens)
-            reference = self.tokenizer.encode(args.reference)[:room]
-            count, whole = len(reference), tokens + reference
-            hidden = slot.prefill(self.lm, whole, 0)[0][0, len(tokens) - 1:-1]
-            unseen = read(head, hidden, reference, biases)[0].mean(1).tolist()
-        begin, end = own_part(tokens, self.template_ids)
+        biases = torch.stack([torch.zeros_like(control), *W_deltas, control])
+        losses, tops, means = self.read(self.hidden[:-1], tokens[1:], biases)
+        _, _, at_next = self.read(self.hidden[-1:], tokens[:1], biases)
+        room, unseen, shifts = lm.config.max_position_embeddings - len(tokens), [], []
+        if answer := self.tokenizer.encode(args.reference or "")[:room]:
+            hidden, _ = slot.prefill(lm, tokens + answer, 0)
+            unseen, _, _ = self.read(hidden[0, len(tokens) - 1:-1], answer, biases)
+        for p, k in (means, -2), (means, -1), (at_next, -2), (at_next, -1):
+            change = (p[k] - p[0]) / (p[-2:] - p[0]).abs().max().clamp(min=0.01)
+            order = change.argsort(descending=True)[[*range(6), *range(-6, 0)]]
+            columns = [column[order].tolist() for column in (change, p[0], p[k])]
+            shifts.append(list(zip(map(self.word, order.tolist()), *columns)))
+        same = [os.path.commonprefix([tokens[::way], self.template_ids[::way]]) for way in (1, -1)]
+        how = "a kept δ" if args.delta else f"{count} steps at rate {args.slot_lr:g}"
         return dict(
-            model=spell(str(args.model).encode("utf-8", "replace")),
-            command=spell(shlex.join(sys.argv).encode("utf-8", "replace")),
-            settings=f"δ from {args.delta}" if args.delta else
-            f"{every} steps at rate {args.slot_lr:g}",
-            seconds=self.seconds, reported=self.losses, steps=steps,
-            delta=self.deltas[-1].norm().item(),
-            hidden=self.hidden.float().norm(dim=-1).mean().item(),
-            tokens=self.known(tokens), begin=begin, end=end,
-            losses=losses[:-1].tolist(), ids=[self.known(each.tolist()) for each in ids[:-1]],
-            p=p[:-1].tolist(), unseen=unseen, count=count, control=losses[-1].mean().item(),
-            shifts=[[self.shift(table[0], table[k]) for k in (-2, -1)] for table in (means, at_next)],
-            answers=[[[self.known(id), chosen, self.known(ids), ps]
-                      for id, chosen, ids, ps in answer] for answer in self.answers])
+            prompt=[self.word(id) for id in tokens], template=[len(same[0]), len(same[1])],
+            steps=steps, losses=losses[:-1], tops=tops[:-1], unseen=unseen[:-1],
+            answers=self.answers, shifts=shifts, reported=self.losses.tolist(), model=repr(args.model), how=how,
+            seconds=self.seconds, delta=deltas[-1].norm().item(),
+            hidden=self.hidden.float().norm(dim=1).mean().item())
+
+    def write(self):
+        data = json.loads(json.dumps(self.data()), parse_float=lambda x: round(float(x), 5))
+        data = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+        page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+        page = page.replace("{n}", os.urandom(16).hex()).replace("{data}", data)
+        write_whole(Path(self.args.picture), page.encode(errors="replace"))
