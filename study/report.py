@@ -298,12 +298,12 @@ def write(args, rows, notes):
 
 def quick(args, rows):
     """The result in one line a kind and setting, for the terminal."""
-    text = [f"{'':27} {'right':>9} {LOSS_HEAD[0]:>22}  {LOSS_HEAD[1]:27} {LOSS_HEAD[2]}"]
+    text = [f"{'':30} {'right':>9} {LOSS_HEAD[0]:>22}  {LOSS_HEAD[1]:27} {LOSS_HEAD[2]}"]
     for kind, table in tables_of(rows).items():
         for point in [None, *args.points]:
             setting, title = names_of(point)
             right = f"{table[setting, 'strict'].sum():.0f}/{table.count}" if table.decoded else "–"
             change = "" if point is None else interval(table.change("answer_loss", setting))
             loss, seen = table.mean(setting, "answer_loss"), table.mean(setting, "prompt_loss")
-            text.append(f"{kind:8} {title:18} {right:>9} {loss:22.4f}  {change:27} {seen:18.4f}")
+            text.append(f"{kind:12}{title:18} {right:>9} {loss:22.4f}  {change:27} {seen:18.4f}")
     return "\n".join(text)

@@ -260,7 +260,7 @@ def test_quick_prints_a_line_for_each_setting_and_keeps_nothing(folder, tmp_path
 def test_quick_is_the_study_on_fewer(folder, whole, capsys):
     """The same problems and points: the same figures."""
     run.main(parse_arguments([*options(folder, "x")[:2], *options(folder, "x")[4:], "--quick"]))
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("rare     lr 0.1, 3 steps"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("rare        lr 0.1, 3 steps"))
     rows = [row for row in read(whole) if row["kind"] == "rare" and row["setting"] == "slot 3 0.1"]
     assert f"{sum(row['answer_loss'] for row in rows) / 4:.4f}" in line and f"{sum(row['prompt_loss'] for row in rows) / 4:.4f}" in line
     assert f"{sum(row['strict'] for row in rows)}/4" in line
