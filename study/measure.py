@@ -31,7 +31,7 @@ try:
 except ImportError:                         # without speed/ prompts are answered one by one
     speed = None
 
-KEPT = 1 << 28                              # logits of one text that are kept; pieces of as many
+KEPT = 1 << 27                              # logits of one text that are kept; pieces of as many
 
 
 class Text:
