@@ -1,7 +1,7 @@
 """A model over many ranks is the model: 2 and 4 processes over gloo against one, in float32, every family.
 
 One start of N processes answers all questions about all folders (parallel_worker.py); the tests compare what they
-wrote. Measured: logits within 3e-6, δ within 3e-7.
+wrote. Measured: logits within 4.1e-6, δ within 2.2e-6, losses within 1.4e-6.
 """
 import json
 import os
