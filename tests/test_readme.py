@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 LINES = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 # A newcomer has the time or the network for these; a test has not. Each is covered elsewhere.
-ELSEWHERE = ("pytest", "pip install torch", "smollm2")
+ELSEWHERE = ("pytest", "smollm2")
 
 
 @pytest.fixture(scope="module")
