@@ -69,6 +69,22 @@ def test_products(dtype, way, outputs, inputs, monkeypatch):
             assert off < CLOSE[dtype], f"{rows}, bias {bias is not None}: relative rms error {off:.1e}"
 
 
+@ways
+def test_a_product_leaves_torchs_switches_as_they_were(dtype, way):
+    layer, _ = random_layer(16, 64, dtype)
+    before = torch._C._get_mkldnn_enabled()
+    for switch in (False, True):
+        torch._C._set_mkldnn_enabled(switch)
+        try:
+            way(torch.ones(1, 64, dtype=dtype), layer.weight, layer.bias)
+        except RuntimeError:                            # oneDNN's own way while it is switched off
+            assert way is linear.onednn and not switch
+        finally:
+            after = torch._C._get_mkldnn_enabled()
+            torch._C._set_mkldnn_enabled(before)
+        assert after == switch
+
+
 @dtypes
 @pytest.mark.parametrize("way", [linear.whole, linear.summed])
 @pytest.mark.parametrize("outputs", [5, 100, 4096, 9001])
