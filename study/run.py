@@ -30,14 +30,7 @@ def main(args):
         raise ValueError("--slot-fast needs speed/, which is not there; leave it out")
     if args.slot_fast:
         loop = "closed form"
-    device, ranks, replica, replicas = args.device, 1, 0, 1
-    if "RANK" in os.environ:                    # torchrun: replicas that share the samples
-        if not speed:
-            raise ValueError("torchrun needs speed/, which is not there; start one process")
-        device, ranks, replica = speed.parallel.start(device, args.tensor_parallel)
-        replicas = int(os.environ["WORLD_SIZE"]) // ranks
-    if replicas > 1 and not args.out:
-        raise ValueError("replicas share their results in a folder: give --out")
+    device, ranks, replica, replicas = place_of(args)
     every = read_problems(args)
     check_device(device)
     if args.task == "math500" and not util.find_spec("math_verify"):
@@ -45,12 +38,7 @@ def main(args):
                          "'math-verify[antlr4_13_2]'")
     folder = find_model(args.model)
     tokenizer = load_tokenizer(folder)
-    if ranks > 1:
-        lm, _ = speed.parallel.load_model(folder, device, args.dtype)
-    else:
-        lm = load_model(folder, device, args.dtype)
-        if speed:
-            speed.linear.use(lm)
+    lm = load(folder, device, args.dtype, ranks)
     positions = lm.config.max_position_embeddings
     new = args.max_new_tokens or max(1, min(TASKS[args.task]["new"], positions // 4))
     problems, too_long = tokenized(args, every, tokenizer, positions - new)
@@ -96,6 +84,28 @@ def main(args):
         notes = notes_of(study, every, positions, too_long)
         print(f"report    {report.write(args, rows, notes)}", file=sys.stderr)
     results.close()
+
+
+def place_of(args):
+    """-> the device of this process, the ranks of its model, which replica it is, of how many."""
+    if "RANK" not in os.environ:
+        return args.device, 1, 0, 1
+    if not speed:                               # torchrun: replicas that share the samples
+        raise ValueError("torchrun needs speed/, which is not there; start one process")
+    device, ranks, replica = speed.parallel.start(args.device, args.tensor_parallel)
+    replicas = int(os.environ["WORLD_SIZE"]) // ranks
+    if replicas > 1 and not args.out:
+        raise ValueError("replicas share their results in a folder: give --out")
+    return device, ranks, replica, replicas
+
+
+def load(folder, device, dtype, ranks):
+    if ranks > 1:
+        return speed.parallel.load_model(folder, device, dtype)[0]
+    lm = load_model(folder, device, dtype)
+    if speed:
+        speed.linear.use(lm)
+    return lm
 
 
 def batches_of(study):
