@@ -113,7 +113,8 @@ def main(args):
             reason = str(error).replace(f"{whole}/", "")
             raise ValueError(f"{show(path, 120)}: {reason}") from None
         whole.rename(args.folder)
-    say(f"done: python generate.py --model {args.source if named else args.folder} \"...\"")
+    name = args.source if args.folder == kept(args.source) else args.folder
+    say(f"done: python generate.py --model {name} \"...\"")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import random_model
 from benchmarks.machine import Rates, memory_of, timed
+from benchmarks.report import comparison, table
 from benchmarks.stages import FORMS, Subject, published_loop
 from load_weights import load_model, read_weights
 from slot import optimize_delta
@@ -175,7 +176,7 @@ class Echo:
     def load(self): pass
     def prefill(self, tokens): pass
     def generate(self, prompts, new): pass
-    def answer(self, tokens, new): return [time.perf_counter()] * new, [7] * new
+    def answer(self, tokens, new): return [time.perf_counter() + i for i in range(new)], [7] * new
 
 {end}
 '''
@@ -194,7 +195,15 @@ def test_a_peer_is_a_line_in_and_a_line_out(tmp_path, monkeypatch, end, fine):
     subject = Subject(GOLDEN / "llama2_published", "float32", 2)
     subject.peers["transformers"] = echo = peer.Peer(sys.executable, "echo", "folder", "float32", 1)
     assert echo.version == "echo 1"
-    rows = [row for row, _ in subject.measure()]
-    assert {"decode", "decode, transformers", "32 prompts together, transformers"} <= set(rows)
-    assert len(set(rows)) == len(rows) and subject.ids["transformers"] == [7, 7]
+    rows = list(subject.measure())
     echo.process.kill()
+    subject.seconds = {row: [spent] for row, spent in rows}
+    assert {"decode", "decode, transformers", "32 prompts together, transformers"} <= set(subject.seconds)
+    assert len(subject.seconds) == len(rows) and subject.ids["transformers"] == [7, 7]
+
+    # The report puts it beside our own row, under the same limit.
+    figures, found = table(subject, Hand()), comparison(subject, Hand())
+    assert figures["prefill 16, transformers"]["limit"] == figures["prefill 16"]["limit"] > 0
+    load = "load, to the first token"
+    assert found[f"{load}, transformers / here"] == subject.seconds[f"{load}, transformers"][0] / subject.seconds[load][0]
+    assert found["the same tokens as transformers"] == 0

@@ -21,13 +21,14 @@ from gguf.quants import dequantize, quantize
 
 import checks.gguf
 from convert.__main__ import main, parse_arguments
-from convert.folder import NAMES
 from load_weights import load_model, read_weights
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden"
 FOLDERS = ["llama2_published", "llama_biases", "llama_head_dim", "qwen2", "qwen2_tied", "qwen3"]
+
+TABLE = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 150)
 
 # A toy vocabulary: the printable bytes that fit, a merge, an unused row, control and user-defined tokens.
 LETTERS = [chr(code) for code in range(33, 33 + 84)]
@@ -40,14 +41,8 @@ TOKENIZER = {"model": "gpt2", "pre": "qwen2", "tokens": TOKENS, "token_type": TY
 
 
 def gguf_name(name):
-    """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
-    module, end = name.rsplit(".", 1)
-    layer = ""
-    if module.startswith("model.layers."):
-        _, _, number, module = module.split(".", 3)
-        layer = f"blk.{number}."
-    theirs = {ours: theirs for theirs, ours in NAMES.items()}
-    return f"{layer}{theirs[module]}.{end}"
+    """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight, by llama.cpp's own table."""
+    return TABLE.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
 def permute(weights, heads):
@@ -440,13 +435,17 @@ def test_not_a_gguf_file(tmp_path, good):
 
 
 def test_endless_lists(tmp_path, good, monkeypatch):
-    """A list of 2**40 numbers in a small file, lists in lists, and more texts than any vocabulary has."""
+    """A list of 2**40 numbers in a small file, lists in lists, and, in a good file, more texts than any vocabulary has."""
     head = good.read_bytes()[:16] + struct.pack("<QQ", 1, 1) + b"x" + struct.pack("<I", 9)
-    deep = b"".join(struct.pack("<IQ", 9, 1) for _ in range(5000))
-    monkeypatch.setattr(checks.gguf, "MOST_READS", 30_000)              # the real limit takes ten seconds
-    for content in (struct.pack("<IQ", 0, 1 << 40) + bytes(1000), deep, struct.pack("<IQ", 8, 30_000) + bytes(240_000)):
+    for content in (struct.pack("<IQ", 0, 1 << 40) + bytes(1000), b"".join(struct.pack("<IQ", 9, 1) for _ in range(5000))):
         (tmp_path / "x.gguf").write_bytes(head + content)
         assert "is no whole GGUF file" in refused(tmp_path / "x.gguf", tmp_path / "out")
+    config, weights = golden("qwen2")
+    write(tmp_path / "x.gguf", weights, config, extra={"some.list": ["a"] * 5000})
+    monkeypatch.setattr(checks.gguf, "MOST_READS", 10_000)              # the real limit takes ten seconds
+    assert "lists more than any model has" in refused(tmp_path / "x.gguf", tmp_path / "out")
+    monkeypatch.setattr(checks.gguf, "MOST_READS", 20_000)
+    convert(tmp_path / "x.gguf", tmp_path / "out")
 
 
 def test_tensors_that_share_bytes(tmp_path):
