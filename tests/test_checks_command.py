@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -303,6 +304,33 @@ def test_signals_at_random_moments(endless):
         result = command()(["--model", endless, "a", *extra], interrupt=(number, delay))
         assert result.status in (128 + number, -number), (i, delay, extra, result)
         quiet(result.err)
+
+
+@pytest.mark.parametrize("way", ["raise ValueError('lost on the way')", "pass"])
+def test_a_signal_counts_whatever_it_becomes(way):
+    """Code that catches everything, or a finaliser, where Python can raise nothing."""
+    code = f"""
+        import os, signal, sys, time
+        from checks.command import run
+        class Finaliser:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
+        def main(args):
+            if {way!r} == "pass":
+                Finaliser()
+                time.sleep(1)
+                print("not reached")
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
+            except BaseException:
+                {way}
+        run(main, None)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, timeout=60,
+                          capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM and not done.stdout + done.stderr, done
 
 
 STANDARD = [({1: "/dev/full"}, 1, "space"), ({2: "/dev/full"}, 1, None),

@@ -54,9 +54,13 @@ def test_a_line_break_after_the_commit(cache):
     assert find_model(NAME) == repo / "snapshots" / COMMIT
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: p.symlink_to("/dev/zero"),
-                                  lambda p: p.symlink_to("main"), lambda p: p.touch(), None],
-                         ids=["pipe", "folder", "device", "loop", "empty", "missing"])
+NO_REFS = {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda p: p.symlink_to("/dev/zero"),
+           "loop": lambda p: p.symlink_to("main"), "empty": lambda p: p.touch(), "missing": None,
+           "dot": lambda p: p.write_text("."), "blank": lambda p: p.write_text(" \n"),
+           "up": lambda p: p.write_text("../snapshots")}
+
+
+@pytest.mark.parametrize("make", NO_REFS.values(), ids=NO_REFS)
 @pytest.mark.parametrize("installed", [False, True])
 def test_refs_that_are_none(make, installed, cache, monkeypatch):
     """Nothing is waited for, and no other folder is taken for the snapshot, whether or not

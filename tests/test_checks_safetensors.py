@@ -59,6 +59,12 @@ def too_long(path):
 
 
 def overlap(entries):
+    """One number of the tensor before belongs to it as well."""
+    begin, end = entries[NORM]["data_offsets"]
+    entries[NORM]["data_offsets"] = [begin - 4, end - 4]
+
+
+def one_on_another(entries):
     other = "model.layers.1.input_layernorm.weight"
     entries[other]["data_offsets"] = entries[NORM]["data_offsets"]
 
@@ -111,7 +117,8 @@ FORMAT = [
     ("offsets negative", entry("data_offsets", [-64, 0]), f"data_offsets {NORM}"),
     ("offsets past 2**63", entry("data_offsets", [2 ** 63, 2 ** 63 + 64]), f"data_offsets {NORM}"),
     ("offsets past the end", entry("data_offsets", [10 ** 9, 10 ** 9 + 64]), "byte beyond"),
-    ("overlap", header(overlap), "byte"),
+    ("one on another", header(one_on_another), "byte beyond"),
+    ("overlap", header(overlap), "byte inside"),
     ("hole", header(hole), "byte beyond"),
     ("metadata not texts", header(metadata={"format": 1}), "__metadata__"),
     ("metadata null", header(lambda h: h.update(__metadata__=None)), "__metadata__"),
