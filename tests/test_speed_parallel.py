@@ -192,9 +192,9 @@ def test_in_sixteen_bits(folders, together):
 
 
 def test_an_error_of_one_rank_is_an_error_of_all(together):
-    """W δ leaves float32 in the last rank's part of the vocabulary. Who does not notice would wait for the others."""
+    """W δ leaves float16 in the last rank's part of the vocabulary. Who does not notice would wait for the others."""
     for rank, said in enumerate(together["beyond"]):
-        assert said is not None and "leaves torch.float32's range" in said, f"rank {rank} says {said}"
+        assert said is not None and "leaves torch.float16's range" in said, f"rank {rank} says {said}"
 
 
 # ---- numbers that do not fit
