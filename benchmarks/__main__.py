@@ -36,9 +36,8 @@ def parse_arguments(arguments=None):
     add("--shape", choices=SHAPES, default="0.5b", help="of the random model (default 0.5b)")
     add("--layers", type=number(int, 1, 1000), metavar="N", help="fewer than the shape has")
     add("--cache", type=Path, default=cache_folder() / "slot-benchmarks", metavar="DIR",
-        help="where random models and GGUF files are kept (default %(default)s)")
-    add("--dtype", type=dtypes, default=["bfloat16", "float32"], metavar="A,B",
-        help="default bfloat16,float32")
+        help="for random models and GGUF files (default %(default)s)")
+    add("--dtype", type=dtypes, default=KINDS[:2], metavar="A,B", help="default bfloat16,float32")
     add("--rounds", type=number(int, 1, 1000), default=3, metavar="N", help="default 3")
     add("--new", type=number(int, 2, 256), default=32, metavar="N", help="tokens, default 32")
     add("--peers", action="store_true", help="transformers and llama-cpp-python, if installed")
@@ -65,17 +64,15 @@ from benchmarks.sweep import LONG, call_of, products, sweep
 from load_weights import find_model
 
 
-def say(*words):
-    print(*words, file=sys.stderr, flush=True)
+def say(text):
+    print(text, file=sys.stderr, flush=True)
 
 
 def random_folder(args):
     """The folder of the random model, which is written the first time."""
     folder = args.cache / f"random-{args.shape}-{args.layers or 'all'}-layers"
-    if not folder.exists():
-        say(f"writing {folder}, once")
-        write_random_model(folder, args.shape, args.layers)
-    return folder
+    say(f"random weights: {folder}")
+    return folder if folder.exists() else write_random_model(folder, args.shape, args.layers)
 
 
 def add_peers(args, subject, pythons):
@@ -116,7 +113,7 @@ def in_child(subject):
     command = [sys.executable, "-m", "benchmarks", "--child", json.dumps(what)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise ValueError(f"the measurement of memory ended with status {done.returncode}")
+        raise ValueError(f"SLOT on {LONG} tokens ended with status {done.returncode}")
     return json.loads(done.stdout)
 
 

@@ -1,7 +1,4 @@
-"""A model folder's weights as a GGUF file, for llama.cpp: what it is compared on. No tokenizer.
-
-The other way round than convert/: its table of names read backwards, rows of q and k reordered.
-"""
+"""A model folder as a GGUF file without tokenizer, for llama.cpp: convert/ read backwards."""
 import json
 from pathlib import Path
 
@@ -49,7 +46,8 @@ def write_gguf(folder, path, dtype):
             tensor = halves.transpose(1, 2).flatten(0, 2)
         data = tensor.to(kind).contiguous().view(torch.uint8).numpy()
         writer.add_tensor(gguf_name(name), data, raw_dtype=GGMLQuantizationType[kinds[kind]])
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file,
-                 writer.write_tensors_to_file, writer.close):
-        step()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return part.rename(path)

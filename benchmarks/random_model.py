@@ -1,7 +1,6 @@
-"""A model folder of a published shape with random weights: something to measure without a download.
+"""A model folder of a published shape with random weights: to measure on without a download.
 
-Weights are normal with a standard deviation of 0.02, norms are near 1: the numbers stay in range
-and the text is nonsense. The folder appears whole or not at all.
+The numbers stay in range and the text is nonsense. The folder appears whole or not at all.
 """
 import json
 import os

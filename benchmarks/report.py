@@ -44,10 +44,8 @@ def comparison(subject, rates):
             found[f"{row} / here"] = spent / seconds[base_of(row, work)]
         elif row.startswith("SLOT") and published and "published" not in row:
             found[f"published loop / {row}"] = published / spent
-    for what, value in found.items():
-        if " / " in what:
-            print(f"  {what:<66}{value:6.2f} x")
-
+    for what in (what for what in found if " / " in what):
+        print(f"  {what:<66}{found[what]:6.2f} x")
     row, answer = f"SLOT {STEPS} steps, closed form", 512 * seconds["decode"]
     least = rates.limit(work[row], subject.dtype)
     print(f"  SLOT with {STEPS} steps costs {seconds[row] / answer:.2%} of decoding 512 tokens "

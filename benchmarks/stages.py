@@ -79,7 +79,8 @@ class Subject:
     def measure(self):
         """One round: yields (row, seconds)."""
         torch.set_num_threads(self.threads)
-        yield "load, to the first token", timed(self.first_token)
+        call = lambda: (self.load(), next(generate(self.lm, [0], 1)))
+        yield "load, to the first token", timed(call)
         for T in self.lengths:
             yield f"prefill {T}", timed(lambda: prefill(self.lm, self.tokens[:T], self.new))
             for name, peer in self.peers.items():
@@ -101,10 +102,6 @@ class Subject:
         self.lm = None                              # as with the peers: the one before goes first
         self.lm = load_model(self.folder, dtype=self.dtype)
         self.products = linear.use(self.lm)
-
-    def first_token(self):
-        self.load()
-        next(generate(self.lm, [0], 1))
 
     def decoding(self):
         decoders = {"": self.answer}

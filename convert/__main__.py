@@ -79,8 +79,7 @@ def fill(folder, path, dtype, origin):
     weights = {}
     tensors.pop("rope_freqs.weight", None)                  # it is rope_scaling in config.json
     for count, tensor in enumerate(tensors.values(), start=1):
-        name, values = weight_of(tensor, family, config, DTYPES[dtype])
-        weights[name] = values
+        name, weights[name] = weight_of(tensor, family, config, DTYPES[dtype])
         if count % 50 == 0 or count == len(tensors):
             say(f"{count} of {len(tensors)} tensors")
     write_safetensors(folder / "model.safetensors", weights)
@@ -110,8 +109,7 @@ def main(args):
         try:
             fill(whole, path, args.dtype, origin)
         except (ValueError, NotImplementedError) as error:  # the latter: a kind of quantisation
-            reason = str(error).replace(f"{whole}/", "")
-            raise ValueError(f"{show(path, 120)}: {reason}") from None
+            raise ValueError(f"{show(path, 120)}: {str(error).replace(f'{whole}/', '')}") from None
         whole.rename(args.folder)
     name = args.source if args.folder == kept(args.source) else args.folder
     say(f"done: python generate.py --model {name} \"...\"")

@@ -57,8 +57,7 @@ def config_of(fields, tensors, dtype):
 
 @np.errstate(all="ignore")
 def llama3_scaling(slower, config):
-    """Llama 3.1 to 3.3: the file has no settings but their result, how much slower each pair of
-    dimensions turns, (D/2,). -> rope_scaling"""
+    """-> rope_scaling. Llama 3.1 to 3.3 say only how much slower each pair turns, (D/2,)."""
     pairs, factor = np.arange(len(slower)) / len(slower), float(slower.max())
     turns = 8192 / (2 * np.pi) * (config["rope_theta"] or 1e4) ** -pairs
     kept = ((turns - 1) / 3).clip(0, 1)
