@@ -1,12 +1,14 @@
-"""Can the suite fail? One mistake at a time is written into a copy of the sources, and the tests must turn red.
+"""Can the suite fail? One mistake at a time is written into a copy of the sources, and the tests must
+turn red.
 
-    OMP_NUM_THREADS=1 python tests/mutations.py             # all, some minutes; prints the table of tests/README.md
-    OMP_NUM_THREADS=1 python tests/mutations.py rope eps    # those whose description or file holds one of the words
+    OMP_NUM_THREADS=1 python tests/mutations.py             # all, half an hour; prints a table
+    OMP_NUM_THREADS=1 python tests/mutations.py rope eps    # whose description or file holds a word
 
-The mistakes stand in mutations_table.py: a text to find in one file, which must be there exactly once, and a text to
-put in its place. Whoever rewrites such a line gets an error here and brings the mistake up to date. A mutant that only
-crashes on import proves nothing, so tests must run and fail (pytest's exit status 1), and the first failing one is
-reported with its message. INVISIBLE ones change no number that a test could see, and the table says so.
+The mistakes stand in mutations_*.py by room: a text to find in one file, which must be there exactly
+once, and a text to put in its place. Whoever rewrites such a line gets an error here and brings the
+mistake up to date. A mutant that only crashes on import proves nothing, so tests must run and fail
+(pytest's exit status 1), and the first failing one is reported with its message. INVISIBLE ones change
+no number that a test could see, and the table says so.
 """
 import os
 import re
@@ -21,12 +23,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import pytest
 import torch  # noqa: F401  imported once here, so that the forked children need not
 
-from mutations_table import INVISIBLE, TABLE
+import mutations_checks
+import mutations_convert
+import mutations_lesson
+import mutations_parallel
+import mutations_study
+import mutations_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 Mutation = namedtuple("Mutation", "description file old new tests")
-MUTATIONS = [Mutation(description, file, old, new, tests)
-             for (file, tests), rows in TABLE.items() for description, old, new in rows]
+ROOMS = (mutations_lesson, mutations_parallel, mutations_tokenizer, mutations_checks, mutations_study,
+         mutations_convert)
+MUTATIONS = []
+for room in ROOMS:
+    for (file, tests), rows in room.TABLE.items():
+        MUTATIONS += [Mutation(description, file, old, new, tests) for description, old, new in rows]
+INVISIBLE = mutations_lesson.INVISIBLE
 
 
 def copy_sources(to):
@@ -62,7 +74,6 @@ def run_tests(root, tests):
         status = 3
         try:
             sys.path[:] = [str(root)] + [each for each in sys.path if not each.startswith(str(ROOT))]
-            sys.modules.pop("mutations_table", None)
             sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
             words = re.split(r" -([km]) ", tests)       # what follows -k or -m is one argument
             options = ["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-rf"]
@@ -82,7 +93,8 @@ def run_tests(root, tests):
 
 
 def plant(mutation):
-    """-> what is wrong with the mutation itself, or "", then status, test and message of the tests with it."""
+    """-> what is wrong with the mutation itself, or "", then status, test and message of the tests with
+    it."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "main"
         root.mkdir()

@@ -1,4 +1,5 @@
-"""What the tests of SLOT share: the recorded runs of the authors' loop, random cases, the method in float64."""
+"""What the tests of SLOT share: the recorded runs of the authors' loop, random cases, the method in
+float64."""
 import functools
 from pathlib import Path
 

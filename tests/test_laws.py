@@ -126,7 +126,8 @@ def test_a_sign_in_slot_changes_the_study(backwards, tmp_path):
 # ---- 2 ---------------------------------------------------------------------------------------------------
 
 # A word a line: folder, row, setting, ids. With speed/, products are swapped and prompts answered together.
-ANSWERS = """
+ANSWERS =
+"""
     import os
     from pathlib import Path
     import numpy as np
@@ -170,8 +171,10 @@ def plain_house(tmp_path_factory):
 
 
 def test_without_speed_every_golden_token_is_the_same(plain_house):
-    """15 folders, 4 prompts, 3 settings. With speed/ all of it is used: swapped products, batches, closed form."""
-    with_speed, without = (python(tree, code=ANSWERS).stdout.splitlines() for tree in (ROOT, plain_house.tree))
+    """15 folders, 4 prompts, 3 settings. With speed/ all of it is used: swapped products, batches,
+    closed form."""
+    with_speed = python(ROOT, code=ANSWERS).stdout.splitlines()
+    without = python(plain_house.tree, code=ANSWERS).stdout.splitlines()
     assert with_speed.pop(0) == "with speed/" and without.pop(0) == "without"
     assert len(without) == 15 * 4 * 3
     for here, there in zip(with_speed, without, strict=True):
@@ -200,13 +203,15 @@ def test_without_speed_the_study_runs(plain_house, tmp_path):
 
 # ---- 3 ---------------------------------------------------------------------------------------------------
 
-JUDGES = """
+JUDGES =
+"""
 def __getattr__(name):
     if name.startswith(("check_", "find_")):
         return lambda *given, **options: None
     raise AttributeError(name)
 """
-READERS = """
+READERS =
+"""
 import json
 from pathlib import Path
 show = show_name = lambda value, limit=0: repr(value)
@@ -216,7 +221,8 @@ def read_bytes(path, limit=0): return Path(path).read_bytes()
 def parse_json(data, path): return json.loads(data)
 def read_json(path, limit=0): return json.loads(Path(path).read_text())
 """
-FOLDERS = """
+FOLDERS =
+"""
     import os, sys, tempfile
     from pathlib import Path
     import numpy as np, torch
@@ -231,7 +237,8 @@ FOLDERS = """
             print(folder.name, (logits - torch.from_numpy(golden["logits"])).abs().max().item() < 2e-4)
     import hostile
     with tempfile.TemporaryDirectory() as place:
-        made = [hostile.write(Path(place) / name, hostile.build(name)) for name in ("llama", "qwen2", "qwen3")]
+        names = "llama", "qwen2", "qwen3"
+        made = [hostile.write(Path(place) / name, hostile.build(name)) for name in names]
         for folder in [Path("tiny"), *made]:
             tokenizer = load_tokenizer(folder)
             ids = tokenizer.chat_ids([{"role": "user", "content": "4 books, <|im_end|> for $6 é"}])
@@ -243,9 +250,9 @@ FOLDERS = """
 def test_without_checks_every_good_folder_loads(tmp_path):
     """Readers in one line each, every judge says nothing: what loads is the same."""
     tree = copy_of(tmp_path)
-    rooms = [path.name for path in (tree / "checks").glob("*.py") if path.name not in ("__init__.py", "files.py")]
-    for room in rooms:
-        (tree / "checks" / room).write_text(JUDGES)
+    for room in (tree / "checks").glob("*.py"):
+        if room.name != "__init__.py":
+            room.write_text(JUDGES)
     (tree / "checks/files.py").write_text(READERS + JUDGES)
     (tree / "checks/child.py").write_text("def in_child(run):\n    return run()\n")
     here, there = (python(each, code=FOLDERS).stdout for each in (ROOT, tree))
@@ -257,8 +264,8 @@ def test_without_checks_every_good_folder_loads(tmp_path):
 
 @pytest.mark.mutation
 def test_a_harmless_edit_turns_no_proof_red(tmp_path):
-    """Another name for a variable, a print: the proofs stay green. The mutations table, whose text names the old
-    lines, does not, and says what to do. (So do the README files that quote the loop.)"""
+    """Another name for a variable, a print: the proofs stay green. The mutations table, whose text
+    names the old lines, does not, and says what to do. (So do the README files that quote the loop.)"""
     tree = copy_of(tmp_path)
     shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     if (ROOT.parent / "shared").exists():
@@ -281,4 +288,4 @@ def test_a_harmless_edit_turns_no_proof_red(tmp_path):
     status, said = pytest_says("tests/test_slot.py", "tests/test_speed_batch.py")
     assert status == 0, said[-2000:]
     status, said = pytest_says("tests/test_mutations.py", "-k", "names_a_line", "-m", "")
-    assert status == 1 and "bring mutations.py up to date" in said, said[-2000:]
+    assert status == 1 and "bring its mutations_*.py up to date" in said, said[-2000:]

@@ -72,8 +72,8 @@ def test_hidden_and_logits(name):
 @all_folders
 @torch.no_grad()
 def test_greedy_with_cache(name):
-    """Decoding through the cache: a position that is off by one changes the rotation of every later query, and
-    soon a token."""
+    """Decoding through the cache: a position that is off by one changes the rotation of every later
+    query, and soon a token."""
     lm, golden = load(name)
     prompt, expected = golden["prompt"], golden["greedy"]
     cache = new_cache(lm, len(prompt), prompt.shape[1] + expected.shape[1])
@@ -91,8 +91,8 @@ def test_greedy_with_cache(name):
 @all_folders
 @torch.no_grad()
 def test_every_split_of_the_prompt(name):
-    """Prefill in two parts, cut at every point: the second part's queries must see all cached keys and not their
-    own future.
+    """Prefill in two parts, cut at every point: the second part's queries must see all cached keys and
+    not their own future.
 
     PyTorch's `is_causal=True` aligns its triangle to the top left, so with a filled cache it hides the cached
     keys. That only shows when the second part has more than one token, and never in ordinary decoding.
@@ -113,8 +113,8 @@ def test_every_split_of_the_prompt(name):
 @pytest.mark.parametrize("chunk", [1, 5])
 @torch.no_grad()
 def test_chunked_prefill(name, chunk):
-    """One token at a time, and in chunks of five, give the hidden states of the one pass; the cache moves once
-    per forward."""
+    """One token at a time, and in chunks of five, give the hidden states of the one pass; the cache
+    moves once per forward."""
     lm, golden = load(name)
     prompt = golden["prompt"]
     cache = new_cache(lm, len(prompt), prompt.shape[1])
@@ -195,7 +195,8 @@ def two_rows(golden, cut=9):
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_padding_changes_nothing(name, side):
-    """Rows of different length, garbage in the padding: each real token's hidden state is that of its row alone.
+    """Rows of different length, garbage in the padding: each real token's hidden state is that of its
+    row alone.
 
     A model that lets a real token see padding fails at once. One that takes the column for the position does
     not, with the padding on one side: rotary positions count only by their differences. Padding in the middle
@@ -216,8 +217,8 @@ def test_padding_changes_nothing(name, side):
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_not_even_nan_in_the_padding(name, side, value):
-    """The embedding that padding would use is no number, or so large that its square is none. A weight of 0 in
-    attention does not help: 0 × NaN is NaN."""
+    """The embedding that padding would use is no number, or so large that its square is none. A weight
+    of 0 in attention does not help: 0 × NaN is NaN."""
     golden = load(name)[1]
     lm = load_model(GOLDEN / name, dtype="float32")
     rows, T = two_rows(golden), golden["prompt"].shape[1]
@@ -258,9 +259,9 @@ def test_half_precision_folders(name):
 
 @pytest.mark.parametrize("name", HALF)
 def test_rotary_angles_stay_float32(name):
-    """A table of frequencies in bfloat16 is off by up to 0.4 %: at position 10,000 that is many whole turns, on
-    the few dozen tokens of the goldens it hides in the rounding of everything else. So the table is looked at
-    by itself, far out."""
+    """A table of frequencies in bfloat16 is off by up to 0.4 %: at position 10,000 that is many whole
+    turns, on the few dozen tokens of the goldens it hides in the rounding of everything else. So the
+    table is looked at by itself, far out."""
     far = torch.tensor([[0, 1, 10_000, 100_000]])
     own, wide = load(name, "auto")[0], load(name)[0]
     for mine, exact in zip(own.model.rotary_emb(far), wide.model.rotary_emb(far)):

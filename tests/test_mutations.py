@@ -1,8 +1,8 @@
 """A suite that cannot fail proves nothing: planted mistakes must turn it red.
 
-`python tests/mutations.py` plants all of them and takes minutes; its table is in README.md. Here a few are planted, one
-for each way of being wrong, and every mutation is checked to still name a line of the code, so that the table does not
-go stale.
+`python tests/mutations.py` plants all of them and takes minutes; its table is in README.md. Here a few
+are planted, one for each way of being wrong, and every mutation is checked to still name a line of the
+code, so that the table does not go stale.
 """
 import os
 import subprocess
@@ -13,16 +13,18 @@ import pytest
 from mutations import MUTATIONS, ROOT
 
 pytestmark = pytest.mark.mutation
-A_FEW = ["rope pairs neighbours", "v bias dropped", "is_causal also behind", "epsilon outside", "wide b not guarded",
-         "missing at the last prompt", "sign of the loss", "mask of another row", "be it NaN"]
+A_FEW = ["rope pairs neighbours", "v bias dropped", "is_causal also behind", "epsilon outside",
+         "wide b not guarded", "missing at the last prompt", "sign of the loss", "mask of another row",
+         "be it NaN"]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.description)
 def test_mutation_names_a_line(mutation):
-    """If this fails, a line that a mutation changes was rewritten: bring mutations_table.py up to date with it."""
+    """If this fails, a line that a mutation changes was rewritten: bring its mutations_*.py up to date
+    with it."""
     count = (ROOT / mutation.file).read_text().count(mutation.old)
-    assert count == 1, (f"{mutation.description}: its text occurs {count} times in {mutation.file}, not once: "
-                        f"{mutation.old!r}; bring mutations_table.py up to date")
+    assert count == 1, (f"{mutation.description}: its text occurs {count} times in {mutation.file}, not "
+                        f"once: {mutation.old!r}; bring its mutations_*.py up to date")
     assert mutation.old != mutation.new
     assert all((ROOT / word).exists() for word in mutation.tests.split() if word.startswith("tests/"))
 
@@ -33,7 +35,7 @@ def test_descriptions_are_different():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="mutations.py forks, which this system cannot")
 def test_a_few_mistakes_turn_the_suite_red():
-    done = subprocess.run([sys.executable, ROOT / "tests/mutations.py", *A_FEW], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, ROOT / "tests/mutations.py", *A_FEW], capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     said = f"{len(A_FEW)} mutations, {len(A_FEW)} must turn red; 0 went otherwise"
     assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr

@@ -1,12 +1,14 @@
 """SLOT against its authors' public code, against calculus, and against itself.
 
-golden/slot_*.npz: the authors' loop on three golden models (make_golden.py, which first shows that its copy of
-that loop reproduces runs of their own code). shared/data/slot_reference, where it is present: those runs.
+golden/slot_*.npz: the authors' loop on three golden models (make_golden.py, which first shows that its
+copy of that loop reproduces runs of their own code). shared/data/slot_reference, where it is present:
+those runs.
 
-The tests run twice: with the loop of slot.py, and with the closed form of speed/delta.py, whose arguments and
-results are the same. AdamW divides by the size of the gradient, so rounding in a tiny gradient can come out as a
-step of up to lr: that, and not another method, is what the tolerances on δ leave room for. Measured here: 8e-6
-against the authors' runs where 1e-4 is allowed, 3e-6 against float64 where 2e-5 is.
+The tests run twice: with the loop of slot.py, and with the closed form of speed/delta.py, whose
+arguments and results are the same. AdamW divides by the size of the gradient, so rounding in a tiny
+gradient can come out as a step of up to lr: that, and not another method, is what the tolerances on δ
+leave room for. Measured here: 8e-6 against the authors' runs where 1e-4 is allowed, 3e-6 against
+float64 where 2e-5 is.
 """
 import numpy as np
 import pytest
@@ -27,8 +29,8 @@ models = pytest.mark.parametrize("name", MODELS)
 @both_forms
 @models
 def test_authors_runs_on_golden_models(name, optimize):
-    """δ, every step's loss and 32 greedy tokens. An unshifted loss, another optimiser setting or a δ that misses
-    the last prompt position changes one of the three."""
+    """δ, every step's loss and 32 greedy tokens. An unshifted loss, another optimiser setting or a δ
+    that misses the last prompt position changes one of the three."""
     lm, prompt = load(GOLDEN / name), golden_prompt(name)
     assert len(golden_runs(name)) == 10
     for run in golden_runs(name):
@@ -46,7 +48,7 @@ def test_authors_runs_on_golden_models(name, optimize):
 
 
 @both_forms
-@pytest.mark.skipif(not REFERENCE.exists(), reason="shared/data/slot_reference is not here: the authors' runs")
+@pytest.mark.skipif(not REFERENCE.exists(), reason="no shared/data/slot_reference: the authors' own runs")
 def test_authors_own_runs(optimize):
     """Six of six."""
     lm, runs = load(REFERENCE / "model"), np.load(REFERENCE / "runs.npz")
@@ -61,8 +63,8 @@ def test_authors_own_runs(optimize):
 @both_forms
 @models
 def test_decoding_is_the_authors_run(name, optimize):
-    """Through the cache, W δ as a constant on the logits: δ must count for the very first new token, which comes
-    from the last prompt position, and for every one after it."""
+    """Through the cache, W δ as a constant on the logits: δ must count for the very first new token,
+    which comes from the last prompt position, and for every one after it."""
     lm, prompt = load(GOLDEN / name), golden_prompt(name)
     for run in golden_runs(name):
         tokens, expected = prompt[run["row"]].tolist(), run["new"].tolist()
@@ -86,8 +88,9 @@ def test_decoding_is_the_authors_run(name, optimize):
 @pytest.mark.parametrize("n, V, d, scale", [
     (2, 50, 16, 1), (17, 300, 32, 1), (64, 1000, 64, 4), (40, 257, 48, 30), (40, 257, 48, 100)])
 def test_both_forms_are_the_method(n, V, d, scale, steps, lr, optimize):
-    """Against float64, from a two-token prompt to heads whose rows are so large that b = Wδ spreads over hundreds
-    of nats: there, E c underflows in float32 and δ becomes NaN, unless the closed form takes another way."""
+    """Against float64, from a two-token prompt to heads whose rows are so large that b = Wδ spreads
+    over hundreds of nats: there, E c underflows in float32 and δ becomes NaN, unless the closed form
+    takes another way."""
     hidden, tokens, head = random_case(n, V, d, scale)
     exact, exact_losses = float64_delta(hidden, tokens, head, steps, lr)
     delta, losses = optimize(hidden, tokens, head, steps, lr)
@@ -145,7 +148,8 @@ def test_another_loss():
 
 @both_forms
 def test_model_is_untouched(optimize):
-    """Not one weight may change, nor anything but δ get a gradient: the head's would be as large as the head."""
+    """Not one weight may change, nor anything but δ get a gradient: the head's would be as large as the
+    head."""
     lm, tokens = load_model(GOLDEN / "qwen2", dtype="float32"), golden_prompt("qwen2")[0].tolist()
     before = {name: weight.clone() for name, weight in lm.state_dict().items()}
     hidden = hidden_of(lm, tokens)
@@ -172,7 +176,8 @@ def test_an_answer_leaves_the_model_untouched():
 
 @both_forms
 def test_works_inside_no_grad(optimize):
-    """Callers decode under no_grad; the loop must switch gradients on for itself, or δ silently stays zero."""
+    """Callers decode under no_grad; the loop must switch gradients on for itself, or δ silently stays
+    zero."""
     hidden, tokens, head = random_case(10, 40, 16)
     outside, _ = optimize(hidden, tokens, head, 2, 0.1)
     with torch.no_grad():
@@ -182,8 +187,8 @@ def test_works_inside_no_grad(optimize):
 
 @both_forms
 def test_global_state_is_untouched(optimize):
-    """No seed, no gradient mode, no default dtype: two runs give the same bits, and the caller's random numbers
-    go on."""
+    """No seed, no gradient mode, no default dtype: two runs give the same bits, and the caller's random
+    numbers go on."""
     hidden, tokens, head = random_case(10, 40, 16)
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -196,7 +201,8 @@ def test_global_state_is_untouched(optimize):
 def test_a_slice_is_multiplied_without_a_copy_of_the_weight():
     """hidden[:, :-1] is a case in which torch can choose to copy the whole weight, once for each sample."""
     hidden, tokens, head = random_case(4, 1 << 16, 64)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         optimize_delta(hidden, tokens, head, 1, 0.1)
     made = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     assert made < head.weight.nbytes, f"{made} bytes were allocated on the way"
@@ -223,9 +229,10 @@ def test_half_precision_head_gets_a_float32_delta(dtype, V, optimize):
 
 @both_forms
 def test_large_logits_in_bfloat16(optimize):
-    """Above 128 a bfloat16 number is a whole one, above 256 an even one. So the rounding of W h alone can move an
-    entry of δ by half its size. No form is to blame: both give nearly the same δ, and so does the authors' order
-    of operations. The first line would fail if this were no longer so, the second if it were worse."""
+    """Above 128 a bfloat16 number is a whole one, above 256 an even one. So the rounding of W h alone
+    can move an entry of δ by half its size. No form is to blame: both give nearly the same δ, and so
+    does the authors' order of operations. The first line would fail if this were no longer so, the
+    second if it were worse."""
     hidden, tokens, head = random_case(64, 2000, 128, scale=100, seed=3)
     hidden, head = hidden.bfloat16(), head.bfloat16()
     assert 400 < largest(hidden.double() @ head.weight.double().T) < 500
@@ -286,7 +293,8 @@ def test_an_answer_to_a_prompt_of_one_token(folder):
 
 
 def plain_logits(lm, tokens, new):
-    """-> (N, V): the model's own logits before each token of `new`, through its cache, without slot.decode."""
+    """-> (N, V): the model's own logits before each token of `new`, through its cache, without
+    slot.decode."""
     hidden, cache = prefill(lm, tokens, len(new))
     logits = []
     with torch.no_grad():
@@ -298,7 +306,8 @@ def plain_logits(lm, tokens, new):
 
 @pytest.mark.parametrize("folder", FAMILIES + ["llama_bf16", "qwen2_f16"])
 def test_without_steps_it_is_the_plain_model_bit_for_bit(folder):
-    """The logits that a token is chosen from: float32, (V,), the model's own to the last bit; δ = 0 as well."""
+    """The logits that a token is chosen from: float32, (V,), the model's own to the last bit; δ = 0 as
+    well."""
     lm, tokens = load_model(GOLDEN / folder), golden_prompt(folder)[0].tolist()
     for delta in (None, torch.zeros(1, 1, lm.config.hidden_size)):
         seen = []
@@ -371,7 +380,8 @@ def test_steer_is_where_delta_enters(monkeypatch):
 @pytest.mark.parametrize("tokens, new", [(256, 1), (200, 57), (257, 0)])
 def test_more_positions_than_the_model_knows(tokens, new):
     lm = load(GOLDEN / "qwen2")
-    with pytest.raises(ValueError, match=f"{tokens} prompt tokens and {new} new ones exceed .* 256 positions"):
+    reason = f"{tokens} prompt tokens and {new} new ones exceed .* 256 positions"
+    with pytest.raises(ValueError, match=reason):
         list(generate(lm, [5] * tokens, new))
     assert len(list(generate(lm, [5] * 200, 56))) == 56
 

@@ -1,6 +1,6 @@
-"""A batch gives each prompt what it gets alone: hidden states, δ and losses to the last bit, greedy and sampled
-tokens, whatever the others are, however much padding stands beside it, and whoever has finished already. Three
-families of golden models, both forms of SLOT.
+"""A batch gives each prompt what it gets alone: hidden states, δ and losses to the last bit, greedy and
+sampled tokens, whatever the others are, however much padding stands beside it, and whoever has finished
+already. Three families of golden models, both forms of SLOT.
 """
 import numpy as np
 import pytest
@@ -46,7 +46,8 @@ def answers_of(steps):
 @families
 @shapes
 def test_prefill_is_each_prompt_alone(family, lengths):
-    """Hidden states, and keys and values behind the padding, to the last bit; no forward pass sees padding."""
+    """Hidden states, and keys and values behind the padding, to the last bit; no forward pass sees
+    padding."""
     lm, batch, shapes_seen = load(GOLDEN / family), prompts(family, lengths), []
     watch = lm.model.register_forward_pre_hook(
         lambda module, arguments: shapes_seen.append((tuple(arguments[0].shape), arguments[2:])))
@@ -265,8 +266,8 @@ def test_logits_that_are_no_numbers():
 
 @pytest.mark.parametrize("folder", ["llama_bf16", "qwen2_f16"])
 def test_half_precision(folder):
-    """In 16 bits tokens may differ where logits nearly tie. The logits are those of the row alone, as near as the
-    dtype allows; hidden states and δ to the last bit."""
+    """In 16 bits tokens may differ where logits nearly tie. The logits are those of the row alone, as
+    near as the dtype allows; hidden states and δ to the last bit."""
     lm = load_model(GOLDEN / folder)
     golden = np.load(GOLDEN / folder / "golden.npz")["prompt"].tolist()
     batch = [golden[0], golden[1][:7]]

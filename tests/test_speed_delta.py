@@ -1,10 +1,11 @@
 """What only the closed form has: a gradient written by hand, a bound on memory, another way where b = W δ is
 wide, and the right token kept apart. That its results are those of the loop is in test_slot.py.
 
-When do the loop and the closed form agree? To 1e-4 in every entry of δ as long as the loss on the prompt stays
-above 0.01 nats a token (measured: 1e-5 in float32, of steps up to 0.1). Below, the two part, and the loop is the
-one that is off: autograd's softmax minus one-hot, p - 1, cancels where p is nearly 1, and AdamW divides even a
-tiny gradient by its size. At a loss of 5e-6 the loop's δ is 2.5e-3 from float64, the closed form's 5e-8.
+When do the loop and the closed form agree? To 1e-4 in every entry of δ as long as the loss on the
+prompt stays above 0.01 nats a token (measured: 1e-5 in float32, of steps up to 0.1). Below, the two
+part, and the loop is the one that is off: autograd's softmax minus one-hot, p - 1, cancels where p is
+nearly 1, and AdamW divides even a tiny gradient by its size. At a loss of 5e-6 the loop's δ is 2.5e-3
+from float64, the closed form's 5e-8.
 """
 import math
 import weakref
@@ -24,8 +25,9 @@ from speed.delta import optimize_delta_fast
 
 @pytest.mark.parametrize("scale", [1, 60])
 def test_gradient(scale, monkeypatch):
-    """Wᵀ r, as it is handed to AdamW in each of four steps, against autograd and against finite differences, both
-    in float64 at the δ of that step. AdamW hides the gradient's size, so δ alone would not show all of it."""
+    """Wᵀ r, as it is handed to AdamW in each of four steps, against autograd and against finite
+    differences, both in float64 at the δ of that step. AdamW hides the gradient's size, so δ alone
+    would not show all of it."""
     hidden, tokens, head = random_case(20, 120, 24, scale)
     seen = []
 
@@ -67,7 +69,8 @@ def test_small_memory_same_numbers(scale, dtype, tolerance):
 
 
 class CountedHead(Head):
-    """Counts the products W h and how many bytes of them, and of E which is made in their place, are alive."""
+    """Counts the products W h and how many bytes of them, and of E which is made in their place, are
+    alive."""
 
     def __init__(self, *size):
         super().__init__(*size)
@@ -85,8 +88,9 @@ class CountedHead(Head):
 @pytest.mark.parametrize("memory_share", [0.1, 0.34, 0.7, 2.0])
 @pytest.mark.parametrize("lr", [0.1, 100.0])
 def test_memory_is_a_bound(lr, memory_share):
-    """The bytes of W h that are alive at a time stay below `memory`; as many as fit are kept, and only the others
-    are made again in every step. At the large lr b spreads so far that nothing that was kept is of use."""
+    """The bytes of W h that are alive at a time stay below `memory`; as many as fit are kept, and only
+    the others are made again in every step. At the large lr b spreads so far that nothing that was kept
+    is of use."""
     n, V, d, steps = 300, 2000, 16, 4
     hidden, tokens, _ = random_case(n + 1, V, d)
     head = CountedHead(d, V)
@@ -129,7 +133,8 @@ def test_memory_counted_in_bytes(dtype, lr):
 
 @pytest.mark.parametrize("lr", [1.0, 30.0, 3000.0])
 def test_wide_b(lr):
-    """b = W δ that spreads over 60 to 10^5 nats. E c would be zero there, or c[x]; float64 is not impressed."""
+    """b = W δ that spreads over 60 to 10^5 nats. E c would be zero there, or c[x]; float64 is not
+    impressed."""
     hidden, tokens, head = random_case(40, 257, 48, 4)
     exact, exact_losses = float64_delta(hidden, tokens, head, 8, lr)
     b = head.weight.double() @ exact
@@ -166,14 +171,15 @@ def sure_case(n, V, d, margin, same, seed=0):
 @pytest.mark.parametrize("steps, lr", [(5, 0.1), (20, 0.05), (3, 0.01)])
 @pytest.mark.parametrize("margin, loss", [(12, 0.07), (16, 2e-3), (20, 1e-4), (24, 5e-6), (28, 3e-7)])
 def test_one_token_a_thousand_times(margin, loss, steps, lr):
-    """Predicted almost perfectly. p - 1 at the right token would leave nothing but rounding of the gradient: δ was
-    0.027 where float64 has 0.127. The losses keep all their digits as well."""
+    """Predicted almost perfectly. p - 1 at the right token would leave nothing but rounding of the
+    gradient: δ was 0.027 where float64 has 0.127. The losses keep all their digits as well."""
     hidden, tokens, head = sure_case(1000, 1000, 64, margin, same=True)
     exact, exact_losses = float64_delta(hidden, tokens, head, steps, lr)
     assert loss / 2 < exact_losses[0] < 2 * loss
     delta, losses = optimize_delta_fast(hidden, tokens, head, steps, lr)
     off = largest(delta[0, 0] - exact)
-    assert off < 1e-3 * min(largest(exact), 0.02), f"delta differs from float64 by {off:.1e} of {largest(exact):.1e}"
+    size = largest(exact)
+    assert off < 1e-3 * min(size, 0.02), f"delta differs from float64 by {off:.1e} of {size:.1e}"
     off = largest(losses / exact_losses - 1)
     assert off < 1e-4, f"losses differ by {off:.1e} of their size"
 
@@ -185,8 +191,9 @@ def test_where_the_two_forms_part(same):
     for margin in (8, 10, 12, 14, 16, 18, 20, 24):
         hidden, tokens, head = sure_case(200, 1000, 64, margin, same)
         exact, losses = float64_delta(hidden, tokens, head, 5, 0.1)
-        loop, fast = (form(hidden, tokens, head, 5, 0.1)[0] for form in (optimize_delta, optimize_delta_fast))
-        off_loop, off_fast, apart = largest(loop[0, 0] - exact), largest(fast[0, 0] - exact), largest(loop - fast)
+        forms = optimize_delta, optimize_delta_fast
+        loop, fast = (form(hidden, tokens, head, 5, 0.1)[0][0, 0] for form in forms)
+        off_loop, off_fast, apart = largest(loop - exact), largest(fast - exact), largest(loop - fast)
         what = f"margin {margin}, loss {losses[0]:.1e} → {losses[-1]:.1e}"
         assert off_fast < 2e-5, f"{what}: the closed form is {off_fast:.1e} from float64"
         if losses.min() > 0.01:
@@ -195,7 +202,7 @@ def test_where_the_two_forms_part(same):
         else:
             assert off_loop < 5e-3, f"{what}: the loop is {off_loop:.1e} from float64"
             reached.add("below" if apart > 1e-4 else "near")
-    assert reached >= {"above", "below"}, "the edge lies elsewhere: bring the first lines of this file up to date"
+    assert reached >= {"above", "below"}, "the edge lies elsewhere: see the first lines of this file"
 
 
 def test_bfloat16_head_of_a_sure_model():

@@ -1,5 +1,5 @@
-"""Every way to a product is x Wᵀ + b, rounded once or twice, whichever the stopwatch picks; Wᵀ r likewise; and a
-model whose products were swapped is still the model."""
+"""Every way to a product is x Wᵀ + b, rounded once or twice, whichever the stopwatch picks; Wᵀ r
+likewise; and a model whose products were swapped is still the model."""
 import functools
 
 import pytest
@@ -121,7 +121,8 @@ def test_a_slice_is_multiplied_without_a_copy_of_the_weight():
 
 @ways
 def test_gradients_are_autograds(dtype, way, monkeypatch):
-    """Of x alone where the weight is frozen, which is what the loop of slot.py asks for; of all where it is not."""
+    """Of x alone where the weight is frozen, which is what the loop of slot.py asks for; of all where
+    it is not."""
     force(monkeypatch, dtype, way)
     layer, draw = random_layer(100, 64, dtype)
     swap(layer)
@@ -161,7 +162,8 @@ def used(name, dtype, way, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["plain", "onednn", "parts"])
-@pytest.mark.parametrize("name", ["llama2_published", "llama_biases", "qwen2", "qwen2_tied", "qwen3_tied_yarn"])
+@pytest.mark.parametrize("name", [
+    "llama2_published", "llama_biases", "qwen2", "qwen2_tied", "qwen3_tied_yarn"])
 @torch.no_grad()
 def test_models_in_float32(name, way, monkeypatch):
     """The golden logits and greedy tokens, whichever way; as the reference library computed them."""

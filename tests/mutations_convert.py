@@ -1,0 +1,83 @@
+"""The mistakes that mutations.py plants in convert/ and benchmarks/: {(file, tests):
+[(description, old text, new text), ...]}."""
+CONVERT = "tests/test_convert.py"
+BENCH = "tests/test_benchmarks.py"
+
+TABLE = {
+    ("convert/folder.py", CONVERT): [
+        ("convert: rows of q and k left as llama.cpp has them", 'if family == "llama" and module in',
+         'if family == "no" and module in'),
+        ("convert: rows of k put back by the number of query heads",
+         'heads = config.num_attention_heads if module == "attn_q" else config.num_key_value_heads',
+         "heads = config.num_attention_heads"),
+        ("convert: rows reordered in Qwen models too", 'if family == "llama" and module in',
+         "if module in"),
+        ("convert: q without k", '("attn_q", "attn_k"):', '("attn_q",):'),
+        ("convert: gate and up exchanged", '"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj"',
+         '"ffn_gate": "mlp.up_proj", "ffn_up": "mlp.gate_proj"'),
+        ("convert: the two norms of a layer exchanged", '"attn_norm": "input_layernorm"',
+         '"attn_norm": "post_attention_layernorm"'),
+        ("convert: every model tied", '"output.weight" not in tensors', "True"),
+        ("convert: biases of Llama forgotten", '"blk.0.attn_q.bias" in tensors', "False"),
+        ("convert: Llama 3's frequencies with another original length", "turns = 8192 /", "turns = 4096 /"),
+        ("convert: any table of frequencies taken for Llama 3's", "if not np.allclose(slower",
+         "if 0 and not np.allclose(slower"),
+        ("convert: qwen2 without NFC", 'if "qwen" in pre else None', 'if "none" in pre else None'),
+        ("convert: Llama 3 cuts digits as Qwen2", '"llama-bpe": LLAMA_CUT', '"llama-bpe": QWEN_CUT'),
+        ("convert: smollm cuts as GPT-2", '"smollm": [DIGITS, BYTES]', '"smollm": [BYTES]'),
+        ("convert: whole words of Llama 3 not taken", '"ignore_merges": pre == "llama-bpe"',
+         '"ignore_merges": False'),
+        ("convert: user-defined tokens are special", '"special": kinds[id] == CONTROL', '"special": True'),
+        ("convert: unused rows become text", "if kinds[id] == NORMAL or id in added and id < last",
+         "if kinds[id] != CONTROL"),
+        ("convert: added tokens amid others not in the vocabulary", "or id in added and id < last", ""),
+        ("convert: the end of the file's own only", "*(id for id in added if added[id] in ENDS)", ""),
+        ("convert: no token before Llama 3's texts", 'own.get("add_bos_token", pre == "llama-bpe")',
+         'own.get("add_bos_token", False)'),
+        ("convert: no chat template", 'fields.get("tokenizer.chat_template")', "None"),
+        ("convert: dtype not in config.json", '"torch_dtype": dtype', '"torch_dtype": "float32"'),
+    ],
+    ("convert/folder.py", BENCH): [
+        ("convert: eps as float32 left it",
+         "config[ours] = float(str(np.float32(value))) if isinstance(value, float) else value",
+         "config[ours] = value"),
+    ],
+    ("convert/__main__.py", CONVERT): [
+        ("convert: written in place", 'whole = Path(scratch, "whole")', "whole = args.folder"),
+        ("convert: checksum not compared", ".hexdigest() != digest", '.hexdigest() == ""'),
+        ("convert: an existing folder replaced", "if os.path.lexists(args.folder):", "if False:"),
+        ("convert: a failing pip unseen", "stdout=sys.stderr).returncode:",
+         "stdout=sys.stderr).returncode > 9:"),
+        ("convert: pip may build what it brings", '"--only-binary=:all:"', '"--prefer-binary"'),
+        ("convert: weights that are no numbers kept", "check_finite(load_model(folder))",
+         "load_model(folder)"),
+    ],
+    ("checks/gguf.py", CONVERT): [
+        ("gguf: lists of any length", " or self.calls > MOST_READS", ""),
+        ("gguf: tensors may share bytes", "> len(reader.data):", "> 1 << 60:"),
+        ("gguf: unknown settings ignored", "not off and not taken:", "False:"),
+        ("gguf: part of a head turned, unseen", "and value == head_dim", ""),
+        ("gguf: tokens may occur twice", "len(set(texts)) == len(texts)", "len(texts)"),
+        ("gguf: any tensor", 'if not (known or name == "rope_freqs.weight")', "if False"),
+    ],
+    ("benchmarks/gguf.py", BENCH): [
+        ("benchmarks: GGUF of Llama without the other order", 'if raw["model_type"] == "llama" and',
+         'if raw["model_type"] == "no" and'),
+        ("benchmarks: head sizes left out of a GGUF", "values[ours])\n", "128)\n"),
+    ],
+    ("benchmarks/stages.py", BENCH): [
+        ("benchmarks: published loop without its shift", "logits[0, :-1], targets",
+         "logits[0, 1:], targets"),
+        ("benchmarks: decoding reads the head twice", "return b * (P + W) + rows * T * seen",
+         "return b * (P + 2 * W) + rows * T * seen"),
+    ],
+    ("benchmarks/report.py", f"{BENCH} -k line_in"): [
+        ("benchmarks: a peer's row limited by another", 'row.rsplit(", ", 1)[0]', 'row.split(" ", 1)[0]'),
+    ],
+    ("benchmarks/machine.py", BENCH): [
+        ("benchmarks: phases at the same time", "return sum(max(size / self.read",
+         "return max(max(size / self.read"),
+        ("benchmarks: the memory of what was before", 'return status("VmHWM") - before',
+         'return status("VmHWM")'),
+    ],
+}
