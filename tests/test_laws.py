@@ -126,8 +126,7 @@ def test_a_sign_in_slot_changes_the_study(backwards, tmp_path):
 # ---- 2 ---------------------------------------------------------------------------------------------------
 
 # A word a line: folder, row, setting, ids. With speed/, products are swapped and prompts answered together.
-ANSWERS =
-"""
+ANSWERS = """
     import os
     from pathlib import Path
     import numpy as np
@@ -203,15 +202,13 @@ def test_without_speed_the_study_runs(plain_house, tmp_path):
 
 # ---- 3 ---------------------------------------------------------------------------------------------------
 
-JUDGES =
-"""
+JUDGES = """
 def __getattr__(name):
     if name.startswith(("check_", "find_")):
         return lambda *given, **options: None
     raise AttributeError(name)
 """
-READERS =
-"""
+READERS = """
 import json
 from pathlib import Path
 show = show_name = lambda value, limit=0: repr(value)
@@ -221,8 +218,7 @@ def read_bytes(path, limit=0): return Path(path).read_bytes()
 def parse_json(data, path): return json.loads(data)
 def read_json(path, limit=0): return json.loads(Path(path).read_text())
 """
-FOLDERS =
-"""
+FOLDERS = """
     import os, sys, tempfile
     from pathlib import Path
     import numpy as np, torch
