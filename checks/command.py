@@ -137,7 +137,7 @@ def reason_of(error):
     """Why a command cannot go on, in words; None for a defect of ours, which shows as it is."""
     text = str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{error.filename or 'standard output'}: {error.strerror}"
+        return f"{error.filename or 'standard output or a file'}: {error.strerror}"
     # torch reports a lack of memory as a RuntimeError, among others.
     lack = re.search("memory|alloc", text, re.IGNORECASE)
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and lack:

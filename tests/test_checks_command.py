@@ -169,7 +169,7 @@ def test_reasons():
     assert reason_of(OSError(28, "No space left on device", "x/y")) \
         == "x/y: No space left on device"
     assert reason_of(OSError(28, "No space left on device")) \
-        == "standard output: No space left on device"
+        == "standard output or a file: No space left on device"
     assert "x/y" in reason_of(PermissionError(13, "Permission denied", "x/y"))
     assert reason_of(ValueError("the prompt is empty")) == "the prompt is empty"
     with pytest.raises(RuntimeError) as caught:
@@ -282,7 +282,8 @@ def test_disk_full(model):
                              stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
                              env=ENVIRONMENT, stdin=subprocess.DEVNULL)
     *figures, line = run.stderr.splitlines()
-    assert run.returncode == 1 and line == "generate.py: standard output: No space left on device"
+    assert run.returncode == 1
+    assert line == "generate.py: standard output or a file: No space left on device"
     quiet("\n".join(figures))
 
 
