@@ -71,7 +71,6 @@ def say(text):
 def random_folder(args):
     """The folder of the random model, which is written the first time."""
     folder = args.cache / f"random-{args.shape}-{args.layers or 'all'}-layers"
-    say(f"random weights: {folder}")
     return folder if folder.exists() else write_random_model(folder, args.shape, args.layers)
 
 
@@ -154,7 +153,7 @@ def main(args):
             for peer in subject.peers.values():
                 peer.process.kill()
     rates = {"read": rates.reads, "multiply": rates.products}
-    print("\n" + json.dumps({"header": header, "rates": rates, "tables": result}))
+    print(f'\n{json.dumps({"header": header, "rates": rates, "tables": result})}')
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def describe():
     models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
     names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "SLOT_PRODUCTS")
     given = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
-    model = models[0] if models else platform.machine()
-    return {"machine": f"{platform.system()}, {model}, {os.cpu_count()} logical cores",
+    models.append(platform.machine())
+    return {"machine": f"{platform.system()}, {models[0]}, {os.cpu_count()} logical cores",
             "capability": " ".join([torch.backends.cpu.get_cpu_capability(), *given]),
             "threads": str(torch.get_num_threads()),
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}"}

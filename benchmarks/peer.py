@@ -66,8 +66,7 @@ class LlamaCpp:
         import numpy
         self.llama, self.numpy, self.file, self.threads = llama_cpp, numpy, file, threads
         self.kind = 0 if dtype == "float32" else 1      # of the cache: GGML_TYPE_F32, or F16
-        system = llama_cpp.llama_print_system_info().decode().strip()
-        self.version = f"llama-cpp-python {llama_cpp.__version__}, {system}"
+        self.version = f"llama-cpp-python {llama_cpp.__version__}"
 
     def load(self):
         self.model = None

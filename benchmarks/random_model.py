@@ -1,7 +1,4 @@
-"""A model folder of a published shape with random weights: to measure on without a download.
-
-The numbers stay in range and the text is nonsense. The folder appears whole or not at all.
-"""
+"""A model folder of a published shape with random weights: to measure on without a download."""
 import json
 import os
 import shutil

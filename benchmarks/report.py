@@ -1,4 +1,4 @@
-"""What was measured, as tables: each row beside its limit, and what rows mean for each other."""
+"""What was measured: each row beside its limit, and what the rows mean for each other."""
 from statistics import median
 
 from benchmarks.stages import ROWS, STEPS

@@ -88,13 +88,12 @@ class Subject:
                 yield f"prefill {T}, {name}", reply["seconds"]
         yield from self.decoding()
         yield from self.fitting()
-        per_token = ROWS * self.new
         call = lambda: list(generate_batch(self.lm, self.batch, self.new))
-        yield f"{ROWS} prompts together", timed(call) / per_token
+        yield f"{ROWS} prompts together", timed(call) / ROWS / self.new
         for name, peer in self.peers.items():
             if name == "transformers":
                 reply = peer.ask(do="batch", prompts=self.batch, new=self.new)
-                yield f"{ROWS} prompts together, {name}", reply["seconds"] / per_token
+                yield f"{ROWS} prompts together, {name}", reply["seconds"] / ROWS / self.new
             yield f"load, to the first token, {name}", peer.ask(do="load")["seconds"]
         self.round += 1
 
@@ -121,8 +120,8 @@ class Subject:
         return {"first": stamps[0] - began, "rest": stamps[-1] - stamps[0], "ids": ids}
 
     def fitting(self):
-        given = self.hidden, self.prompt, self.lm.lm_head
         for name, form in self.forms.items():
+            given = self.hidden, self.prompt, self.lm.lm_head
             calls = {STEPS: [], MORE[name]: []}
             for steps, spent in calls.items():
                 while len(spent) < 3 and sum(spent) < 2:        # their difference is noisy
@@ -150,8 +149,8 @@ class Subject:
         work["decode"] = [token(1, n + self.new // 2)]
         length = sum(map(len, self.batch)) // ROWS
         size, flops = token(ROWS, length + self.new // 2)
-        once = 2 * P * length                                               # a prompt's prefill
-        work[f"{ROWS} prompts together"] = [(0, once / self.new), (size / ROWS, flops / ROWS)]
+        prompt = 0, 2 * P * length / self.new       # its prefill, shared by its new tokens
+        work[f"{ROWS} prompts together"] = [prompt, (size / ROWS, flops / ROWS)]
         step = (2 * b * W + 8 * n * c.vocab_size, 0)            # W twice, E (n, V) twice
         for name in FORMS:
             first, each = [(b * W, 2 * n * W)], step

@@ -3,8 +3,7 @@
     SLOT = that + steps × this      that = W h        2 n V d FLOP, one product for all positions
                                     this = W δ, Wᵀ r  2 b V d bytes, the head read twice
                                            E c, Eᵀ s  2 · 4 n V bytes, the exponentials read twice
-
-Where E (n, V) float32 exceeds the memory, W h of what does not fit is made again in every step.
+                                    W h, of what of E does not fit into the memory
 """
 from statistics import median
 
