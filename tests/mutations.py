@@ -87,7 +87,7 @@ def run_tests(root, tests):
     with os.fdopen(read, errors="replace") as pipe:
         output = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    failed = re.search(r"^(?:FAILED|ERROR) \S*?::(\S+)(?: - (.*))?", output, re.M)
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?::(.+?)(?: - .*)?$", output, re.M)
     message = re.search(r"^(?:E  +|\S+?:\d+: )(.*)", output, re.M)
     return status, failed[1] if failed else "", message[1] if message else output.strip()[-200:]
 
@@ -105,7 +105,8 @@ def plant(mutation):
             return f"its text occurs {count} times in {mutation.file}, not once", None, "", ""
         (root / mutation.file).write_text(source.replace(mutation.old, mutation.new))
         status, test, message = run_tests(root, mutation.tests)
-        message = message.replace(f"{root}/", "")
+        message = re.sub(r"/tmp/pytest-of-\w+/pytest-\d+/", "", message)
+        message = message.replace(f"{root}/", "").replace(sys.executable, "python")
     if status not in (0, 1):
         return f"pytest ended with status {status}: {message}", status, test, message
     if (status == 1) == (mutation.description in INVISIBLE):
@@ -122,6 +123,7 @@ def main(words):
         if status:
             sys.exit(f"without any mutation {tests} is red already: {test} {message}")
     wrong = []
+    print("# Planted mistakes\n\nWhat `python tests/mutations.py` prints; see README.md.\n")
     print("| mistake | file | first test to turn red | what it says |\n|---|---|---|---|", flush=True)
     for mutation in chosen:
         problem, status, test, message = plant(mutation)
