@@ -73,7 +73,8 @@ def run_tests(root, tests):
         os.dup2(write, 1), os.dup2(write, 2)
         status = 3
         try:
-            sys.path[:] = [str(root)] + [each for each in sys.path if not each.startswith(str(ROOT))]
+            ours = str(ROOT), str(ROOT / "tests")           # but not what a .venv in ROOT holds
+            sys.path[:] = [str(root)] + [each for each in sys.path if each not in ours]
             sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
             words = re.split(r" -([km]) ", tests)       # what follows -k or -m is one argument
             options = ["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-rf"]
