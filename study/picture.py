@@ -1,5 +1,5 @@
-"""A picture of one prompt: what δ saw in it, what δ changed, where the answer turned. `Picture` looks
-on while generate.py fits δ and decodes; picture.html, beside this file, draws it."""
+"""A picture of one prompt: what δ saw in it, what it changed, where the answer turned. `Picture`
+looks on while generate.py fits δ and decodes; picture.html, beside this file, draws it."""
 import json
 import os
 import time
@@ -24,10 +24,10 @@ class Picture:
         began = time.perf_counter()
         with register_optimizer_step_post_hook(lambda optimizer, *_: self.deltas.append(
                 optimizer.param_groups[0]["params"][0].detach().clone())):
-            delta, self.losses = self.given_fit(hidden, tokens, *others)
+            delta, losses = self.given_fit(hidden, tokens, *others)
         self.hidden, self.tokens, self.seconds = hidden[0], tokens, time.perf_counter() - began
         self.deltas[-1:] = [delta]                      # the only one if --delta brings it
-        return delta, self.losses
+        return delta, losses
 
     def draw(self):
         """The choice of tokens that was given; keeps what there was to choose from."""
@@ -58,10 +58,9 @@ class Picture:
             Wh = self.lm.lm_head(h).float()                                         # (rows, V)
             for k, bias in enumerate(biases):
                 log_p = slot.steer(Wh, bias).log_softmax(-1)
-                top = log_p.topk(3)
                 losses[k] += (-log_p.gather(1, x)[:, 0]).tolist()
-                tops[k] += map(self.likeliest, top.values.exp(), top.indices)
-                means[k] += log_p.exp_().sum(0) / len(came)
+                means[k] += log_p.exp_().sum(0) / max(1, len(came))     # log_p has become p
+                tops[k] += map(self.likeliest, *log_p.topk(3))
         return losses, tops, means
 
     @torch.no_grad()
@@ -80,18 +79,21 @@ class Picture:
             hidden, _ = slot.prefill(lm, tokens + answer, 0)
             unseen, _, _ = self.read(hidden[0, len(tokens) - 1:-1], answer, biases)
         for p, k in (means, -2), (means, -1), (at_next, -2), (at_next, -1):
-            change = (p[k] - p[0]) / (p[-2:] - p[0]).abs().max().clamp(min=0.01)
+            change = (p[k] - p[0]) / (p[-2] - p[0]).abs().max().clamp(min=0.01)
             order = change.argsort(descending=True)[[*range(6), *range(-6, 0)]]
             columns = [column[order].tolist() for column in (change, p[0], p[k])]
             shifts.append(list(zip(map(self.word, order.tolist()), *columns)))
         same = [os.path.commonprefix([tokens[::way], self.template_ids[::way]]) for way in (1, -1)]
         how = "a kept δ" if args.delta else f"{count} steps at rate {args.slot_lr:g}"
+        size = self.hidden.float().norm(dim=1).mean()
+        before, after = torch.tensor(losses)[[0, -2]].mean(1)
         return dict(
+            facts=f"{repr(Path(args.model).name)[1:-1]}: {len(tokens)} tokens; {how}, "
+                  f"{self.seconds:.2f} s; loss {before:.4f} → {after:.4f}; "
+                  f"|δ| {deltas[-1].norm():.2f} beside a mean |h| of {size:.2f}",
             prompt=[self.word(id) for id in tokens], template=[len(same[0]), len(same[1])],
-            steps=steps, losses=losses[:-1], tops=tops[:-1], unseen=unseen[:-1],
-            answers=self.answers, shifts=shifts, reported=self.losses.tolist(), model=repr(args.model), how=how,
-            seconds=self.seconds, delta=deltas[-1].norm().item(),
-            hidden=self.hidden.float().norm(dim=1).mean().item())
+            steps=steps, losses=losses[:-1], unseen=unseen[:-1], tops=tops[:-1],
+            shifts=shifts, answers=self.answers)
 
     def write(self):
         data = json.loads(json.dumps(self.data()), parse_float=lambda x: round(float(x), 5))
