@@ -65,7 +65,8 @@ def whole(r, W):
 def summed(r, W):
     """Wᵀ r as partial products, summed in float32: torch runs a single one on one core."""
     most = len(r) - len(r) % PARTS
-    columns = W[:most].view(PARTS, most // PARTS, W.shape[1]).transpose(1, 2)   # (PARTS, d, V/PARTS)
+    # (PARTS, d, V/PARTS)
+    columns = W[:most].view(PARTS, most // PARTS, W.shape[1]).transpose(1, 2)
     y = torch.bmm(columns, r[:most].view(PARTS, -1, 1)).float().sum(0)[:, 0]
     return y + r[most:].float() @ W[most:].float()
 
