@@ -20,13 +20,13 @@ class Picture:
         self.given_fit, self.given_draw, self.deltas, self.answers = fit, draw, [], []
 
     def fit(self, hidden, tokens, *others):
-        """The fit that was given; what its optimizer leaves after a step is δ after that step."""
+        """The fit that was given; what its optimizer leaves, if it is like δ, is δ by step."""
         began = time.perf_counter()
         with register_optimizer_step_post_hook(lambda optimizer, *_: self.deltas.append(
                 optimizer.param_groups[0]["params"][0].detach().clone())):
             delta, losses = self.given_fit(hidden, tokens, *others)
         self.hidden, self.tokens, self.seconds = hidden[0], tokens, time.perf_counter() - began
-        self.deltas[-1:] = [delta]                      # the only one if --delta brings it
+        self.deltas = [each for each in self.deltas if each.shape == delta.shape][:-1] + [delta]
         return delta, losses
 
     def draw(self):
@@ -84,7 +84,7 @@ class Picture:
             columns = [column[order].tolist() for column in (change, p[0], p[k])]
             shifts.append(list(zip(map(self.word, order.tolist()), *columns)))
         same = [os.path.commonprefix([tokens[::way], self.template_ids[::way]]) for way in (1, -1)]
-        how = "a kept δ" if args.delta else f"{count} steps at rate {args.slot_lr:g}"
+        how = "a kept δ" if args.delta else f"{args.slot_steps} steps at rate {args.slot_lr:g}"
         size = self.hidden.float().norm(dim=1).mean()
         before, after = torch.tensor(losses)[[0, -2]].mean(1)
         return dict(
@@ -92,8 +92,8 @@ class Picture:
                   f"{self.seconds:.2f} s; loss {before:.4f} → {after:.4f}; "
                   f"|δ| {deltas[-1].norm():.2f} beside a mean |h| of {size:.2f}",
             prompt=[self.word(id) for id in tokens], template=[len(same[0]), len(same[1])],
-            steps=steps, losses=losses[:-1], unseen=unseen[:-1], tops=tops[:-1],
-            shifts=shifts, answers=self.answers)
+            steps=[step * (args.slot_steps or 1) // count for step in steps], losses=losses[:-1],
+            unseen=unseen[:-1], tops=tops[:-1], shifts=shifts, answers=self.answers)
 
     def write(self):
         data = json.loads(json.dumps(self.data()), parse_float=lambda x: round(float(x), 5))
