@@ -2,12 +2,13 @@
 comes out harmless and right, and a browser, where there is one, shows it without a word of complaint."""
 import contextlib
 import json
-import os
+import math
 import re
 import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -257,8 +258,9 @@ HOSTILE = {
     "quotes": "\"'`${document.title='taken'}`'\" \\\" \\u003c/script> {data} {n} {nonce}",
     "cdata": "]]> <![CDATA[ x ]]> <?xml version='1.0'?> %00 \\x3c",
     "template": "<|im_end|>\n<|im_start|>system\n{{ 9**9 }}{% raw %}<|endoftext|>",
-    "right to left": "שלום עולם، مرحبا بالعالم 123",
+    "right to left": "שלום עולם، مرحبا بالعالم",
 }
+RIGHT_TO_LEFT = ["שלום", " עולם،", " مر", "حبا", " بالعالم"]                   # as its tokens
 
 
 def shown(tokenizer, id):
@@ -277,28 +279,41 @@ def shown(tokenizer, id):
 
 @pytest.fixture(scope="module")
 def roomy(tmp_path_factory):
-    """A model with room for a long prompt. Its vocabulary is bytes, nearly: most characters fall into halves."""
-    return write(tmp_path_factory.mktemp("roomy") / "model", build(max_position_embeddings=12_000))
+    """A model with room for a long prompt. Its vocabulary is bytes, nearly: most characters fall into halves. But it is hostile,
+    too: what HOSTILE holds are single tokens of it, which --raw lets a prompt use."""
+    files = build(max_position_embeddings=12_000)
+    tokens = [text for name, text in HOSTILE.items() if name not in ("long", "right to left")] + RIGHT_TO_LEFT
+    for id, text in enumerate(tokens, 279):
+        files["tokenizer.json"]["added_tokens"].append({"id": id, "content": text, "special": False, "normalized": False,
+                                                        "single_word": False, "lstrip": False, "rstrip": False})
+    return write(tmp_path_factory.mktemp("roomy") / "model", files)
 
 
 @pytest.fixture(scope="module")
 def hostile_page(roomy, tmp_path_factory):
+    """-> a function from a name in HOSTILE to path, text and data of the page. whole: as one token, in no template"""
     folder, made = tmp_path_factory.mktemp("hostile"), {}
 
-    def make(name):
-        if name not in made:
-            path = folder / f"{name.replace(' ', '-')}.html"
-            made[name] = path, *page_of(path, HOSTILE[name], "--model", roomy, "--max-new-tokens", 8, "--slot-fast",
-                                        "--slot-steps", 3, "--slot-lr", 0.1)
-        return made[name]
+    def make(name, whole=False):
+        if (name, whole) not in made:
+            path = folder / f"{len(made)}.html"
+            prompt = ["--raw", f"a{HOSTILE[name]}b"] if whole else [HOSTILE[name]]
+            made[name, whole] = path, *page_of(path, *prompt, "--model", roomy, "--max-new-tokens", 8, "--slot-fast",
+                                               "--slot-steps", 3, "--slot-lr", 0.1)
+        return made[name, whole]
     return make
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["typed", "token"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_prompt(name, roomy, hostile_page):
-    _, text, data = hostile_page(name)
+def test_hostile_prompt(name, whole, roomy, hostile_page):
+    _, text, data = hostile_page(name, whole)
     tokenizer = load_tokenizer(roomy)
-    ids = tokenizer.chat_ids([{"role": "user", "content": HOSTILE[name]}])
+    if whole:
+        ids = tokenizer.encode(f"a{HOSTILE[name]}b")
+        assert len(ids) == 3 or name in ("long", "right to left")
+    else:
+        ids = tokenizer.chat_ids([{"role": "user", "content": HOSTILE[name]}])
     assert data["prompt"] == [shown(tokenizer, id) for id in ids]
     assert name != "long" or len(ids) > 4000
     # nothing that came from the prompt is markup, and every character of the file shows itself
@@ -306,7 +321,7 @@ def test_hostile_prompt(name, roomy, hostile_page):
     assert text.count("<title") == text.count("<style") == 1 and "<img" not in text
     assert all(char.isprintable() or char == "\n" for char in text)
     begin, end = data["template"]
-    assert ids[begin:len(ids) - end] == tokenizer.encode(HOSTILE[name])
+    assert whole or tokenizer.decode(ids[begin:len(ids) - end]) == unicodedata.normalize("NFC", HOSTILE[name])
 
 
 def test_policy(page, tmp_path):
@@ -337,3 +352,290 @@ def test_words(roomy):
     words = {text: "".join(map(picture.word, encode(text))) for text in ("a b", "\n", "\u202e", "\x00", "é", "ä")}
     assert words == {"a b": "a b", "\n": "\n", "\u202e": "⟨E2⟩⟨80⟩⟨AE⟩", "\x00": "⟨U+0000⟩", "é": "é", "ä": "⟨C3⟩⟨A4⟩"}
     assert picture.word(299) == "⟨299⟩"                                     # a row that no token has
+
+
+# ---- in a browser ----------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+browsing = [pytest.mark.browser, pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and chromedriver; on Debian: "
+                                                    "apt-get install chromium chromium-driver")]
+SWITCHES = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync", "--no-first-run", "--no-default-browser-check", "--hide-scrollbars")
+
+
+class Browser:
+    """Chromium by way of chromedriver's protocol (https://www.w3.org/TR/webdriver2/): JSON over HTTP."""
+
+    def __init__(self, folder):
+        self.driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for line in self.driver.stdout:
+            if found := re.search(r"started successfully on port (\d+)", line):
+                break
+        self.address = f"http://127.0.0.1:{found[1]}"
+        options = {"binary": CHROMIUM, "args": [*SWITCHES, f"--user-data-dir={folder}"]}
+        asked = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        session = self.call("/session", capabilities={"alwaysMatch": asked})
+        self.address += f"/session/{session['sessionId']}"
+
+    def call(self, path, **body):
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return json.load(reply)["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{path}: {error.read().decode()[:500]}") from None
+
+    def open(self, path, width=1000, height=1200, **media):
+        """media: features such as prefers_color_scheme="dark"; type="print"."""
+        self.messages()
+        self.devtools("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        kind = media.pop("type", "")
+        features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
+        self.devtools("Emulation.setEmulatedMedia", media=kind, features=features)
+        self.call("/url", url=Path(path).as_uri())
+
+    def run(self, script, *arguments):
+        return self.call("/execute/sync", script=script, args=list(arguments))
+
+    def devtools(self, command, **parameters):
+        return self.call("/goog/cdp/execute", cmd=command, params=parameters)
+
+    def messages(self):
+        return self.call("/se/log", type="browser")
+
+    def press(self, *keys):
+        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.call("/actions", actions=[{"type": "key", "id": "keys", "actions": actions}])
+
+    def point_at(self, selector):
+        """Move the mouse to the middle of an element."""
+        x, y = self.run("""const node = document.querySelector(arguments[0]);
+            node.scrollIntoView({block: 'center'});
+            const box = node.getClientRects()[0];
+            return [box.x + box.width / 2, box.y + box.height / 2];""", selector)
+        move = {"type": "pointerMove", "duration": 0, "x": round(x), "y": round(y)}
+        self.call("/actions", actions=[{"type": "pointer", "id": "mouse", "actions": [move]}])
+
+    def text(self, selector):
+        return self.run("return document.querySelector(arguments[0]).innerText", selector)
+
+    def close(self):
+        try:
+            request = urllib.request.Request(self.address, method="DELETE")
+            urllib.request.urlopen(request, timeout=20).close()
+        finally:
+            self.driver.terminate()
+            self.driver.wait(20)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    found = Browser(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def default_page(tmp_path_factory):
+    path = tmp_path_factory.mktemp("default") / "page.html"
+    return path, page_of(path)[1]
+
+
+TAB, RIGHT, LEFT, HOME, END = "\ue004", "\ue014", "\ue012", "\ue011", "\ue010"
+COLOURS = "return [...document.querySelectorAll('#prompt > *')].map(node => getComputedStyle(node).backgroundColor)"
+
+
+class TestBrowser:
+    pytestmark = browsing
+
+    def test_nothing_to_complain_about(self, browser, default_page):
+        path, data = default_page
+        browser.open(path)
+        assert browser.messages() == []
+        assert browser.run("return document.querySelectorAll('#prompt > *').length") == len(data["prompt"])
+        assert data["facts"] == browser.text("#facts")
+        tags = browser.run("return [...document.querySelectorAll('#prompt > *')].map(node => node.localName)")
+        begin, end = data["template"]
+        assert tags == ["i"] * begin + ["span"] * (len(tags) - begin - end) + ["i"] * end
+        assert re.search(r"clearly more, \d+ less. The answers part at token 2: “␣bike” plain, “␣scooter” with δ", browser.text("#here"))
+        assert browser.run("return document.querySelectorAll('svg').length") == 2
+        assert len(browser.run("return performance.getEntriesByType('resource')")) == 0        # nothing was loaded
+
+    def test_the_policy_holds(self, browser, default_page):
+        """What a stranger's text could try if it ever got into the page: the policy lets none of it run or load."""
+        browser.open(default_page[0])
+        browser.run("""document.body.insertAdjacentHTML('beforeend',
+            '<img src="http://127.0.0.1:9/x.png" onerror="window.taken = 1"><a id=link onclick="window.taken = 2">x</a>');
+            document.body.appendChild(document.createElement('script')).textContent = 'window.taken = 3';
+            document.getElementById('link').click();""")
+        time.sleep(0.2)
+        assert browser.run("return window.taken ?? null") is None
+        said = " ".join(message["message"] for message in browser.messages())
+        assert said.count("Content Security Policy") >= 3, said
+
+    def test_slider(self, browser, default_page):
+        path, data = default_page
+        browser.open(path)
+        last = browser.run(COLOURS)
+        assert len(set(last)) > 4
+        browser.run("document.getElementById('step').focus()")
+        assert f"5: loss {sum(data['losses'][5]) / len(data['losses'][5]):.4f}" == browser.text("#loss")
+        browser.press(LEFT)
+        assert f"4: loss {sum(data['losses'][4]) / len(data['losses'][4]):.4f}" == browser.text("#loss")
+        assert browser.run(COLOURS) != last
+        browser.press(HOME)
+        assert browser.text("#loss").startswith("0: loss") and len(set(browser.run(COLOURS)[1:])) == 1      # nothing has changed yet
+        browser.press(END)
+        assert browser.run(COLOURS) == last
+
+    def test_colour_says_how_much_and_which_way(self, browser, default_page):
+        """The strongest blue is where the loss fell most. (No orange here but in the legend.)"""
+        path, data = default_page
+        browser.open(path)
+        gains = [before - after for before, after in zip(data["losses"][0], data["losses"][-1])]
+        much = browser.run("return [...document.querySelectorAll('#prompt > *')].slice(1).map(node => parseFloat("
+                           "node.style.getPropertyValue('--much')))")
+        falls = browser.run("return [...document.querySelectorAll('#prompt > *')].slice(1).map(node => node.classList.contains('falls'))")
+        assert much[gains.index(max(gains))] == 100
+        scale = sorted(map(abs, gains), reverse=True)[len(gains) // 20]
+        for gain, share, fell in zip(gains, much, falls, strict=True):
+            assert share == pytest.approx(100 * min(1, abs(gain) / scale), abs=1.1)
+            assert fell == (gain / scale < -0.01) or abs(gain / scale + 0.01) < 1e-3
+        legend = browser.run("return [...document.querySelectorAll('#legend > *')].map(node => node.innerText.trim())")
+        assert [label[0] for label in legend] == ["÷", "÷", "×", "×", "×"] and legend[0][1:] == legend[-1][1:]
+
+    def test_hover_and_focus_tell_of_a_token(self, browser, default_page):
+        path, data = default_page
+        browser.open(path)
+        browser.point_at("#prompt > :nth-child(4)")
+        card = browser.text("#card")
+        for k in (0, -1):
+            shown = re.search(rf"^{data['prompt'][3]} after step {data['steps'][k]}: ([\d.]+) %", card, re.M)[1]
+            assert float(shown) / 100 == pytest.approx(math.exp(-data["losses"][k][2]), rel=0.005)
+            for word, p in data["tops"][k][2]:
+                assert word.replace(" ", "␣").replace("\n", "↵") in card
+        assert data["prompt"][3] in card and card.count("%") == 2 + 6
+        browser.run("document.getElementById('step').focus()")
+        browser.press(TAB, RIGHT, RIGHT, LEFT)                      # to the first token, and on to the second
+        assert browser.run("return [...document.querySelector('#prompt').children].indexOf(document.activeElement)") == 1
+        assert data["prompt"][1] in browser.text("#card")
+        browser.press(TAB)                                          # the answers, each one stop
+        assert browser.run("return document.activeElement.innerText") == data["answers"][0][0][0]
+        assert browser.text("#card").count("By") >= 2
+
+    def test_where_the_answers_part(self, browser, default_page):
+        path, data = default_page
+        browser.open(path)
+        marked = browser.run("return [...document.querySelectorAll('.fork')].map(node => node.textContent)")
+        assert marked == [" bike", " scooter"]
+        shown = browser.text("#answers")
+        for answer in data["answers"]:
+            assert all(word.replace(" ", "␣") in shown for word, _ in answer[1][2])
+
+    def test_answers_that_agree(self, browser, tmp_path):
+        _, data = page_of(tmp_path / "page.html", "--problem", 12)
+        steered = data["answers"][1]
+        assert [word for word, *_ in data["answers"][0]] == [word for word, *_ in steered]
+        gaps = [top[0][1] - top[1][1] for *_, top in steered]
+        place = gaps.index(min(gaps))
+        browser.open(tmp_path / "page.html")
+        assert f"agree, least surely at token {place + 1}" in browser.text("#here")
+        marked = browser.run("return [...document.querySelectorAll('.fork')].map(node => node.textContent)")
+        assert marked == [steered[place][0].replace("\n", "↵\n")] * 2 and browser.messages() == []
+
+    @pytest.mark.parametrize("whole", [False, True], ids=["typed", "token"])
+    @pytest.mark.parametrize("name", HOSTILE)
+    def test_hostile_prompt(self, name, whole, browser, hostile_page):
+        """Every token is there, in order, as text; the page around it is the page."""
+        path, _, data = hostile_page(name, whole)
+        browser.open(path)
+        assert browser.messages() == []
+        assert browser.run("return document.title") == "What SLOT did to a prompt"
+        shown = browser.run("return [...document.querySelectorAll('#prompt > *')].map(node => node.textContent)")
+        assert shown == [word.replace("\n", "↵\n") for word in data["prompt"]]
+        tags = set(browser.run("return [...document.querySelectorAll('#prompt *, #answers *, #shifts *')].map(node => node.localName)"))
+        assert tags <= {"span", "i", "div", "bdi"}
+        assert browser.run("return document.querySelectorAll('script, style, title').length") == 4
+        sizes = browser.run("return [...document.querySelectorAll('#prompt > *')].map(node => node.getBoundingClientRect().width)")
+        assert all(width > 0 for width, word in zip(sizes, data["prompt"]) if word != "\n")
+        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+
+    def test_direction(self, browser, roomy, hostile_page, tmp_path):
+        """Marks that turn a line around turn nothing; letters of scripts that run to the left run to the left."""
+        places = ("return [...document.querySelectorAll('#prompt > *')].slice(arguments[0], -arguments[1])"
+                  ".map(node => node.getBoundingClientRect()).map(box => [Math.round(box.top), box.left])")
+        path, _, data = hostile_page("bidi")
+        browser.open(path, width=1600)
+        boxes = browser.run(places, *data["template"])
+        line = [left for top, left in boxes if top == boxes[0][0]]
+        assert line == sorted(line) and len(set(line)) > 6
+
+        path, _, data = hostile_page("right to left", whole=True)
+        browser.open(path, width=1600)
+        line = [left for _, left in browser.run(places, 1, 1)][:5]
+        assert line == sorted(line, reverse=True) and len(set(line)) == 5, data["prompt"]
+        assert browser.run("return document.querySelectorAll('#shifts bdi').length") == sum(map(len, data["shifts"]))
+
+        # a paragraph that begins in Hebrew begins at the right
+        page_of(tmp_path / "page.html", "--raw", HOSTILE["right to left"], "--model", roomy, "--max-new-tokens", 8, "--slot-fast")
+        browser.open(tmp_path / "page.html")
+        assert browser.run("const box = document.querySelector('#prompt'); return Math.abs("
+                           "box.getBoundingClientRect().right - box.firstChild.getBoundingClientRect().right)") < 2
+
+    @pytest.mark.parametrize("width", [1000, 360])
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_schemes_and_widths(self, width, scheme, browser, default_page):
+        """No sideways scrolling, and every coloured word can be read: contrast of at least 4.5 (WCAG 2 AA)."""
+        browser.open(default_page[0], width=width, prefers_color_scheme=scheme)
+        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        browser.run("document.querySelectorAll('.tint').forEach(node => node.style.setProperty('--much', '100%'))")
+        pairs = browser.run("""const canvas = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
+            const light = colour => {
+              canvas.fillStyle = colour;
+              canvas.fillRect(0, 0, 1, 1);
+              const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(x => x / 255).map(
+                x => x > 0.04045 ? ((x + 0.055) / 1.055) ** 2.4 : x / 12.92);
+              return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+            };
+            return [...document.querySelectorAll('.tint')].map(node => getComputedStyle(node)).map(
+              style => [light(style.color), light(style.backgroundColor)]);""")
+        contrasts = [(max(pair) + 0.05) / (min(pair) + 0.05) for pair in pairs]
+        assert len(contrasts) > 100 and min(contrasts) >= 4.5
+        dark = pairs[-1][1] < 0.2
+        assert dark == (scheme == "dark")
+
+    def test_told_apart_by_the_colour_blind(self, browser, default_page):
+        """Likelier and less likely, as seen without one of the three cones (Machado et al. 2009, severity 1)."""
+        for scheme in ("light", "dark"):
+            browser.open(default_page[0], prefers_color_scheme=scheme)
+            colours = browser.run("""const canvas = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
+                return [...document.querySelectorAll('#legend > *')].map(node => {
+                  canvas.fillStyle = getComputedStyle(node).backgroundColor;
+                  canvas.fillRect(0, 0, 1, 1);
+                  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+                });""")
+            down, _, same, _, up = (torch.tensor(colour) / 255 for colour in colours)
+            for cones in ([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+                          [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+                          [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]):
+                linear = [torch.where(c > 0.04045, ((c + 0.055) / 1.055) ** 2.4, c / 12.92) for c in (down, same, up)]
+                d, s, u = (torch.tensor(cones) @ c for c in linear)
+                assert (d - u).norm() > 0.25 and (d - s).norm() > 0.1 and (u - s).norm() > 0.1, (scheme, d, s, u)
+
+    def test_print(self, browser, default_page):
+        """On paper: light, with its colours, without the card; in a dark scheme, too."""
+        browser.open(default_page[0], type="print", prefers_color_scheme="light")
+        assert browser.run("return getComputedStyle(document.getElementById('card')).display") == "none"
+        assert browser.run("return getComputedStyle(document.body).printColorAdjust") == "exact"
+        browser.open(default_page[0], prefers_color_scheme="dark")
+        printed = browser.devtools("Page.printToPDF", printBackground=True)["data"]
+        assert len(printed) > 20_000
+
+    def test_text_can_be_selected(self, browser, default_page):
+        path, data = default_page
+        browser.open(path)
+        for selector, words in (("#prompt", data["prompt"]), ("#answers .text", [word for word, *_ in data["answers"][0]])):
+            got = browser.run("getSelection().selectAllChildren(document.querySelector(arguments[0]));"
+                              "return getSelection().toString()", selector)
+            assert got.split() == "".join(words).replace("\n", "↵\n").split()
