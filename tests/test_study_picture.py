@@ -324,7 +324,7 @@ def test_hostile_prompt(name, whole, roomy, hostile_page):
     assert whole or tokenizer.decode(ids[begin:len(ids) - end]) == unicodedata.normalize("NFC", HOSTILE[name])
 
 
-def test_policy(page, tmp_path):
+def test_policy(tmp_path):
     """No network, and no program but ours: the policy knows it by a number that a stranger cannot know."""
     text, _ = page_of(tmp_path / "a.html", QUESTION)
     again, _ = page_of(tmp_path / "b.html", QUESTION)
