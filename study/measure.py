@@ -15,6 +15,7 @@ Letters: T tokens of the prompt, A of the reference answer, d width, V vocabular
 import copy
 import math
 import time
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,11 @@ from study.scoring import flexible, in_format, paper, strict
 from study.settings import PLAIN
 from study.tasks import TASKS
 
-try:
+speed = None                                # without speed/ prompts are answered one by one
+if find_spec("speed"):
     import speed.batch
     import speed.delta
     import speed.parallel
-except ImportError:                         # without speed/ prompts are answered one by one
-    speed = None
 
 KEPT = 1 << 27                              # logits of one text that are kept; pieces of as many
 

@@ -17,11 +17,10 @@ from study.settings import all_settings
 from study.tasks import TASKS, read_problems, tokenized
 from tokenizer import load_tokenizer
 
-try:
+speed = None                                # without speed/ the numbers are the same
+if util.find_spec("speed"):
     import speed.linear
     import speed.parallel
-except ImportError:
-    speed = None
 
 
 def main(args):

@@ -44,7 +44,7 @@ TABLE = {
     ],
     ("convert/__main__.py", CONVERT): [
         ("convert: written in place", 'whole = Path(scratch, "whole")', "whole = args.folder"),
-        ("convert: checksum not compared", ".hexdigest() != digest", '.hexdigest() == ""'),
+        ("convert: checksum not compared", "digest_of(path) != digest", 'digest_of(path) == ""'),
         ("convert: an existing folder replaced", "if os.path.lexists(args.folder):", "if False:"),
         ("convert: a failing pip unseen", "stdout=sys.stderr).returncode:",
          "stdout=sys.stderr).returncode > 9:"),

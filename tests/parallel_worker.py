@@ -15,7 +15,6 @@ import slot
 import speed.batch
 import speed.delta
 from generate import sampler
-from load_weights import load_model
 from speed import parallel
 
 STEPS, LR, NEW = 4, 0.1, 8

@@ -5,11 +5,9 @@ Whatever goes wrong, the last line on stderr says so, begins with "generate.py: 
 comes before it. Status 0: done; 1: bad input; 2: bad options; 128 + n: ended by signal n.
 """
 import argparse
-import ast
 import math
 import os
 import random
-import re
 import signal
 import subprocess
 import sys

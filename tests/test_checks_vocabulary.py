@@ -3,13 +3,12 @@
 The first table changes a small tokenizer.json (small_tokenizer.py), the second a whole model folder (hostile.py).
 """
 import functools
-import os
 import time
 
 import pytest
 
 import make_golden_tokenizer as golden
-from hostile import (CANARY, GONE, MODEL, SETTINGS, SPECIAL, TEMPLATE, TOKENS, VOCAB, check_loads, check_refused, content, files, instead, put)
+from hostile import (CANARY, GONE, MODEL, SETTINGS, TEMPLATE, TOKENS, VOCAB, check_loads, check_refused, content, files, put)
 from small_tokenizer import LEVEL, A, M, P, S, V, changed, line_of, seconds, spec, token, write
 from tokenizer import load_tokenizer
 

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from hostile import (MODEL, VOCAB, build, check_command_refuses, check_line, check_loads,
-                     check_refused, config, files, tensors, then, tied, write)
+from hostile import (MODEL, build, check_command_refuses, check_line, check_loads,
+                     check_refused, config, files, tensors, tied, write)
 from load_weights import load_model
 
 NORM, HEAD = "model.norm.weight", "lm_head.weight"

@@ -8,7 +8,6 @@ import os
 import struct
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -533,7 +532,7 @@ def test_a_package_that_is_not_what_it_was(tmp_path, status, member, part):
 
 
 def test_find_model_looks_where_names_are_kept(tmp_path, good, monkeypatch):
-    from convert import kept
+    from checks.hub import kept
     from load_weights import find_model
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert kept("smollm2") == tmp_path / "slot-models/smollm2"

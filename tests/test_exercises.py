@@ -12,12 +12,11 @@ import time
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from exercises import check as checking
-from exercises.check import ANSWERS, check, known_mistakes, right_results, run, same, variant
+from exercises.check import ANSWERS, check, known_mistakes, right_results, same, variant
 from exercises.handout import work_text
-from exercises.lesson1_decoder import attention_loops, random, rms_norm_loops, rotate_loops
+from exercises.lesson1_decoder import attention_loops, rms_norm_loops, rotate_loops
 from exercises.lesson4_loop import prompt_loss_loops
 from exercises.lessons import EXERCISES, LESSONS
 

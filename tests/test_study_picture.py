@@ -150,6 +150,14 @@ def test_the_head(page, run):
     assert sizes == "|δ| {:.2f} beside a mean |h| of {:.2f}".format(*norms)
 
 
+def test_the_losses_are_those_printed(tmp_path, capsys):
+    text, data = page_of(tmp_path / "page.html")
+    losses = re.findall(r"\d+\.\d{4}", re.search("loss on the prompt.*", capsys.readouterr().err)[0])
+    assert f"loss {losses[0]} → {losses[-1]}" in data["facts"]
+    assert "default-src 'none'" in text and not re.search(r"(src|href)=.?https?:", text)
+    assert len(text) < 200_000
+
+
 def test_the_template_and_the_words(page, run):
     _, tokenizer, ids, *_ = run
     begin, end = page["template"]

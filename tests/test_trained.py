@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import slot
-from convert import kept
+from checks.hub import kept
 from load_weights import load_model
 from model import KVCache
 from speed import batch
