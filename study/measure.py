@@ -31,7 +31,8 @@ if find_spec("speed"):
     import speed.delta
     import speed.parallel
 
-KEPT = 1 << 27                              # logits of one text that are kept; pieces of as many
+KEPT = 1 << 27                              # logits of one text that are kept; blocks of as many
+PIECE = 1 << 19                             # logits judged at once: they stay in the cache
 
 
 class Text:
@@ -42,14 +43,16 @@ class Text:
         self.vocabulary = getattr(lm_head, "vocabulary", len(lm_head.weight))   # also of many ranks
         rows = max(1, KEPT // self.vocabulary)
         targets = torch.tensor(ids, dtype=torch.int64, device=hidden.device)
-        self.pieces = list(zip(hidden.split(rows), targets.split(rows)))
+        self.blocks = list(zip(hidden.split(rows), targets.split(rows)))
         self.kept = lm_head(hidden) if self.count <= rows else None         # W h, for all settings
 
     def logits(self):
         """Yields logits (some, V) float32, each time anew, and the tokens (some,) they predict."""
-        for hidden, targets in self.pieces:
-            logits = self.lm_head(hidden) if self.kept is None else self.kept
-            yield logits.to(torch.float32, copy=True), targets
+        rows = max(1, PIECE // self.vocabulary)
+        for hidden, targets in self.blocks:
+            block = self.lm_head(hidden) if self.kept is None else self.kept
+            for logits, some in zip(block.split(rows), targets.split(rows)):
+                yield logits.to(torch.float32, copy=True), some
 
     def loss(self, change):
         """Mean cross entropy in nats a token, where `change` takes logits to other logits."""

@@ -215,7 +215,7 @@ TABLE = {
          "logits = logits + 2 * W_delta"),
         ("batch: another `optimize` is not asked", "optimize = optimize or slot.optimize_delta",
          "optimize = slot.optimize_delta"),
-        ("batch: NaN among the logits is chosen from", "if not logits.isfinite().all():", "if False:"),
+        ("batch: NaN among the logits is chosen from", "if not logits.sum().isfinite():", "if False:"),
     ],
     ("generate.py", f"{GENERATE} -k sampler or seed or ties or impossible"): [
         ("temperature multiplied", "(logits - logits.max()) / temperature",

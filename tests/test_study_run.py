@@ -151,8 +151,10 @@ def test_long_texts_go_through_the_head_in_pieces(folder, monkeypatch):
     shift = torch.randn(768)
     kept = Text(known.lm.lm_head, hidden, ids)
     monkeypatch.setattr(measure, "KEPT", 7 * 768)
+    monkeypatch.setattr(measure, "PIECE", 3 * 768)
     pieces = Text(known.lm.lm_head, hidden, ids)
-    assert kept.kept is not None and pieces.kept is None and len(pieces.pieces) == 8
+    assert kept.kept is not None and pieces.kept is None and len(pieces.blocks) == 8
+    assert [len(logits) for logits, _ in pieces.logits()] == [3, 3, 1] * 7 + [1]
     for change in (lambda logits: logits, lambda logits: logits.add_(shift)):       # also one that works in place
         assert pieces.loss(change) == pytest.approx(kept.loss(change), abs=1e-6)
     assert kept.loss(lambda logits: logits) == pytest.approx(F.cross_entropy(known.lm.lm_head(hidden), torch.tensor(ids)).item(), abs=1e-6)
