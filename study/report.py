@@ -17,6 +17,7 @@ from study.stats import bootstrap_mean, bootstrap_rank, bootstrap_ratio, holm, s
 LETTERS = {"random": "r", "wrong-prompt": "w", "unigram": "u"}
 ACCURACY_HEAD = ["accuracy % [95 % CI]", "fixed / broken", "p", "Holm p"]
 LOSS_HEAD = ["answer loss (held out)", "its change [95 % CI]", "prompt loss (seen)"]
+VERDICTS = {"strict": "right, strict", "flexible": "right, flexible", "format": "in the format"}
 ANSWER_HEAD = ["format %", "tokens", "paper's scorer %", "scorers differ", "flexible scorer %",
                "right of those in format %"]
 
@@ -42,9 +43,9 @@ class Table:
         """(mean, low, high) of a - b."""
         return bootstrap_mean(self[a, key] - self[b, key])
 
-    def flips(self, a, b="plain"):
-        """(fixed, broken): right in a and wrong in b, and the reverse."""
-        difference = self[a, "strict"] - self[b, "strict"]
+    def flips(self, a, b="plain", key="strict"):
+        """(fixed, broken): right in a and wrong in b, and the reverse; `key` says what is right."""
+        difference = self[a, key] - self[b, key]
         return int((difference > 0).sum()), int((difference < 0).sum())
 
 
@@ -225,6 +226,64 @@ def alignment_table(tables, args):
         "elsewhere": mean_where(False)})
 
 
+def verdict_table(tables, args):
+    """Is a gain one of format? SLOT against the plain model and against its controls, by what is
+    asked of an answer. Holm's correction: over the points, of each verdict by itself."""
+    rows = []
+    for kind, table in tables.items():
+        pairs = [(point, "plain") for point in args.points]
+        pairs += [(p, name(what, p)) for p in args.control_points for what in args.control]
+        for point, other in pairs:
+            cells = []
+            for key in VERDICTS:
+                flips = [table.flips(name("slot", p), key=key) for p in args.points]
+                family = holm([sign_test(*pair) for pair in flips])
+                fixed, broken = table.flips(name("slot", point), other, key)
+                text = f"{fixed} / {broken}, p {p_value(sign_test(fixed, broken))}"
+                if other == "plain":
+                    text += f", Holm {p_value(family[args.points.index(point)])}"
+                cells.append(text)
+            rows.append([kind, label(point), other, *cells])
+    return markdown(["kind", "setting", "against", *VERDICTS.values()], rows, left=3)
+
+
+def only_where(tables, args):
+    """SLOT where the alignment is above a threshold, else the plain answer. The threshold: the best
+    for the answer loss of every other sample; the figures: of the samples between them."""
+    def gated(table, point):
+        slot, alignment = name("slot", point), table["plain", "alignment"]
+        change = table[slot, "answer_loss"] - table["plain", "answer_loss"]
+        tune, test = slice(0, None, 2), slice(1, None, 2)
+        order = np.argsort(-alignment[tune], kind="stable")
+        sums = np.append(0, np.cumsum(change[tune][order]))         # SLOT for the first 0, 1, ...
+        edges = np.append(np.inf, alignment[tune][order])
+        threshold = edges[sums.argmin()]
+        return alignment[test] >= threshold, threshold, change[test]
+
+    def gate(table, point):
+        on, threshold, _ = gated(table, point)
+        return f"{threshold:+.3f}: {on.sum()} of {len(on)}"
+
+    def loss(table, point):
+        on, _, change = gated(table, point)
+        return interval(bootstrap_mean(np.where(on, change, 0)))
+
+    def all_loss(table, point):
+        return interval(bootstrap_mean(gated(table, point)[2]))
+
+    def flips(table, point):
+        on, _, _ = gated(table, point)
+        change = table[name("slot", point), "strict"] - table["plain", "strict"]
+        change = np.where(on, change[1::2], 0)
+        return f"{(change > 0).sum()} / {(change < 0).sum()}"
+
+    columns = {"threshold: how many get SLOT": gate, "change of the answer loss": loss,
+               "with SLOT for all": all_loss}
+    if all(table.decoded for table in tables.values()):
+        columns["fixed / broken"] = flips
+    return by_point(tables, args.points, columns)
+
+
 def chosen(tables, halves, points):
     """--split: the point with the best accuracy on the tune half (of equals the lower answer loss),
     on the test half."""
@@ -287,6 +346,13 @@ def write(args, rows, notes):
     if args.points:
         sections["Alignment: the cosine of the prompt's gradient and the answer's, at δ = 0"] = (
             alignment_table(tables, args))
+    if args.points and args.task != "tiny":
+        if corrected:
+            sections["Answer or format? fixed / broken, by what is asked of an answer"] = (
+                verdict_table(tables, args))
+        sections["SLOT only where the cosine is above a threshold (chosen on every other sample, "
+                 "shown on the rest; at test time nobody knows the answer's gradient)"] = (
+            only_where(tables, args))
     sections["Time"] = time_table(rows, args.points)
     text = [f"# SLOT against the plain model: {args.task}", ""]
     text += [f"- {line}" for line in notes + findings(tables, args, corrected)]

@@ -114,3 +114,33 @@ def test_plot(tmp_path, more):
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and b"<svg" in svg
     assert report.write(args, rows_for_report(), []).endswith("plot.svg, plot.png")
     assert (tmp_path / "plot.svg").read_bytes() == svg                      # the same results, the same file
+
+
+def gsm8k_arguments(tmp_path):
+    return parse_arguments(["--task", "gsm8k", "--data", "x", "--points", "5:0.1", "--control", "random,unigram,wrong-prompt", "--out", str(tmp_path)])
+
+
+def test_a_verdict_for_every_question(tmp_path):
+    rows = rows_for_report()
+    for row in rows:        # the flexible scorer sees no change, the format one of eight samples
+        row["format"] = row["setting"].startswith(("slot", "random")) and row["sample"] < 8
+    report.write(gsm8k_arguments(tmp_path), rows, [])
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| k | lr 0.1, 5 steps |")]
+    assert f"| plain | 21 / 1, p {sign_test(21, 1):.0e}, Holm {sign_test(21, 1):.0e} | 0 / 0, p 1.000, Holm 1.000 | 8 / 0, p 0.008, Holm 0.008 |" in "\n".join(lines)
+    assert "| random 5 0.1 | 21 / 1, p 1e-05 | 0 / 0, p 1.000 | 0 / 0, p 1.000 |" in "\n".join(lines)
+    assert "| unigram 5 0.1 | 2 / 0, p 0.500 | 0 / 0, p 1.000 | 8 / 0, p 0.008 |" in "\n".join(lines)
+
+
+def test_slot_only_where_the_cosine_is_high(tmp_path):
+    """δ helps where the alignment is 0.3 and more; the even samples show it, the odd ones are reported."""
+    rows = [row for row in rows_for_report() if row["setting"] in ("plain", "slot 5 0.1")]
+    for row in rows:
+        i = row["sample"]
+        if row["setting"] == "plain":
+            row |= dict(alignment=(i // 2 % 5) / 10, answer_loss=1.0, strict=False)
+        else:
+            row |= dict(answer_loss=0.5 if i // 2 % 5 >= 3 else 1.5, strict=True)
+    table = report.tables_of(rows)
+    cells = "\n".join(report.only_where(table, arguments(tmp_path)))
+    assert "| +0.300: 8 of 20 | -0.2000 [-0.3000, -0.1000] | +0.1000 [-0.1000, +0.3000] | 8 / 0 |" in cells
