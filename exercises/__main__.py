@@ -7,9 +7,12 @@
     python -m exercises hint 8          a hint; `hint 8 2` and `hint 8 3` say more
     python -m exercises try 8           your function in the real program
     python -m exercises export DIR      a copy of the project without solutions, to hand out
+
+All but the last with --work FILE, if your functions are to stand elsewhere.
 """
 import importlib.util
 import json
+import shlex
 import textwrap
 from pathlib import Path
 
@@ -22,7 +25,7 @@ def parse_arguments(arguments=None):
                         help="the file with your functions (default: exercises/work.py)")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     exercise = number(int, 1, 16)
-    commands.add_parser("start", help="write exercises/work.py, once")
+    commands.add_parser("start", help="write the file of stubs, once")
     check = commands.add_parser("check", help="run one exercise, or all")
     check.add_argument("number", nargs="?", type=exercise)
     check.add_argument("--json", action="store_true", help="a list of results, for grading")
@@ -48,11 +51,16 @@ from exercises.handout import WORK, export, start
 from exercises.program import parting
 
 
+def command(path):
+    """What to type, if the student's functions stand in this file."""
+    return "python -m exercises" + ("" if path == WORK else f" --work {shlex.quote(str(path))}")
+
+
 def read_work(path):
     """The student's file as a module. ValueError if it is not there or cannot be run."""
     path = Path(path or WORK)
     if not path.is_file():
-        raise ValueError(f"{path} is not there; begin with: python -m exercises start")
+        raise ValueError(f"{path} is not there; begin with: {command(path)} start")
     spec = importlib.util.spec_from_file_location("work", path)
     work = importlib.util.module_from_spec(spec)
     try:
@@ -108,7 +116,7 @@ def overview(path):
             time = f"{exercise.level:<8}{exercise.minutes:3} min"
             print(f"{number:4}  {exercise.title:<52}{time}   {status}")
     print(f"{done} of {number} done; about {left / 60:.1f} hours left"
-          + ("" if work else ". Begin with: python -m exercises start"))
+          + ("" if work else f". Begin with: {command(path)} start"))
 
 
 def result(number, verdict):
@@ -138,16 +146,16 @@ def try_out(work, number):
     if function is None:
         raise ValueError(f"{Path(work.__file__).name} has no {exercise.solution.__name__}")
     try:
-        own, yours = exercise.trial(function)
+        own, yours, runs = exercise.trial(function)
     except NotImplementedError:
         raise ValueError(f"exercise {number} is not begun") from None
     except (Exception, SystemExit) as error:
-        raise ValueError(f"with your function in it the program stopped: "
-                         f"{where(error, work.__file__)}") from None
+        raise ValueError(f"with your function in it the program stopped; run check {number} "
+                         f"first: {where(error, work.__file__)}") from None
     same, lines = parting(own, yours)
     print(f"{number:2}  {exercise.title}: your {exercise.solution.__name__} in the program gives "
           + ("the same" if same else "something else"))
-    print(indented("\n".join(lines)))
+    print(indented("\n".join([f"both runs: {runs}", *lines])))
     return same
 
 
@@ -157,8 +165,11 @@ def main(args):
     if args.command is None:
         overview(args.work)
     elif args.command == "start":
-        print(f"written: {start()}")
-        print("Read exercise 1 there, write its body, then: python -m exercises check 1")
+        path = Path(args.work or WORK)
+        start(path)
+        here = Path.cwd()
+        print(f"written: {path.relative_to(here) if path.is_relative_to(here) else path}")
+        print(f"Read exercise 1 there, write its body, then: {command(path)} check 1")
     elif args.command == "hint":
         print(textwrap.fill(EXERCISES[args.number].hints[args.which - 1], 100))
         if args.which < 3:

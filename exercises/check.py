@@ -47,13 +47,14 @@ class Exercise(NamedTuple):
     solution: Callable              # a function or class; its docstring is the exercise
     cases: Callable                     # () -> {name: arguments}, the same ones at every call
     reward: Callable                    # (function) -> a picture in letters
-    trial: Callable     # (function) -> what the program gives: its own, the student's
+    trial: Callable     # (function) -> what the program gives, its own and the student's; how run
     hints: list
     answer: str = ""                    # to the question at the end of the text
     mistakes: list = []
     loops: Callable | None = None       # the same in plain Python numbers, shown to the student
     observe: Callable = call            # (function, *arguments) -> what is compared
     parts: tuple = ()                   # names of the parts of a result, when it is a tuple
+    returns: str = ""                   # what is to be returned then, in words
     forbidden: tuple = ()               # names that the student's function may not use
     tolerance: float = 1e-5  # relative and absolute; in 16 bits four units in the last
 
@@ -69,6 +70,8 @@ class Verdict(NamedTuple):
 def run(exercise, function):
     """-> {case: result}, or an exception's text; and the first exception, or None."""
     results, first, untouched = {}, None, exercise.cases()
+    called = exercise.solution if exercise.observe is call else exercise.observe
+    names = list(inspect.signature(called).parameters)[-len(next(iter(untouched.values()))):]
     for name, arguments in exercise.cases().items():
         torch.manual_seed(0)
         try:
@@ -79,11 +82,19 @@ def run(exercise, function):
             results[name] = f"{type(error).__name__}: {error}"
             first = first or error
             continue
-        for place, (now, before) in enumerate(zip(arguments, untouched[name])):
+        for argument, now, before in zip(names, arguments, untouched[name]):
             if isinstance(before, torch.Tensor) and difference(now, before, 0):
-                results[name] = f"argument {place + 1} is changed in place; work on a copy"
+                results[name] = changed(argument, before.dtype)
                 first = first or ValueError(results[name])
     return results, first
+
+
+def changed(argument, dtype):
+    """That an argument is not what it was, and how that comes about unnoticed."""
+    how = ""
+    if dtype == torch.float32:
+        how = f" ({argument}.float() of a float32 tensor is {argument} itself)"
+    return f"{argument} is changed in place{how}; work on a copy"
 
 
 def variant(exercise, edits):
@@ -159,7 +170,8 @@ def difference(got, right, tolerance):
         if len(got) != len(right):
             return f"has {len(got)} entries, should have {len(right)}"
         found = ((i, difference(a, b, tolerance)) for i, (a, b) in enumerate(zip(got, right)))
-        return next((f"at [{i}] {words}" for i, words in found if words), "")
+        words = next((f"at [{i}] {words}" for i, words in found if words), "")
+        return words.replace("] at [", "][")                    # at [2][0], not at [2] at [0]
     if isinstance(right, dict):
         if got.keys() != right.keys():
             return f"has the names {sorted(got, key=str)}, should have {sorted(right, key=str)}"
@@ -173,6 +185,8 @@ def kind(value):
         return "None (is a `return` missing?)"
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
     return f"{value!r}" if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
@@ -198,8 +212,11 @@ def tensor_difference(got, right, tolerance):
 
 
 def rounded(tensor):
-    numbers = [float(f"{number:.4g}") for number in tensor.flatten().tolist()]
-    return numbers if tensor.ndim else numbers[0]
+    """Its numbers with four digits, in rows as they stand; dimensions of size 1 are left out."""
+    tensor = tensor.squeeze()
+    if tensor.ndim == 0:
+        return float(f"{tensor.item():.4g}")
+    return [rounded(row) for row in tensor]
 
 
 def same(results, others, tolerance):
@@ -232,34 +249,44 @@ def check(number, exercise, function, file=None):
 
     named, nameless = mistakes_by_part(exercise, results, right, known)
     names = "; ".join(name for _, name, _ in named)
-    lines = [f"{part}: {name}\n{thought}" for part, name, thought in named]
+    lines = [f"{' and '.join(parts)}: {name}\n{thought}" for parts, name, thought in named]
     if named and not nameless and not error:
         return Verdict("mistake", "\n".join(lines), names)
-    done = {part for part, _, _ in named}
-    text = "\n".join([*shown, *lines, described(exercise, results, right, done)])
+    done = {part for parts, _, _ in named for part in parts}
+    text = "\n".join([*lines, *shown, described(exercise, results, right, done)])
     return Verdict("error" if error else "wrong", text, names)
 
 
 def mistakes_by_part(exercise, results, right, known):
-    """Many mistakes at once, each in a part of its own -> [(part, name, thought)] for wrong parts
-    that equal that part of a mistake's results, and the names of the others."""
-    def column(those, place):
-        return [those[case][place] for case in cases]
+    """Many mistakes at once, each in parts of its own -> [(parts, name, thought)] for wrong parts
+    that equal those of a mistake's results, and the names of the others.
 
-    named, nameless = [], []
+    One cause for several parts goes before one for each, one mistake before two at once.
+    """
+    def equal(those, place):
+        """Whether a part is, in all cases, that of other results."""
+        if not all(has_parts(exercise, those[case]) for case in cases):
+            return False
+        got, theirs = [[each[case][place] for case in cases] for each in (results, those)]
+        return same(got, theirs, exercise.tolerance)
+
     cases = [case for case in right if has_parts(exercise, results[case])]
-    for place, part in enumerate(exercise.parts if cases else ()):
-        got = column(results, place)
-        if same(got, column(right, place), exercise.tolerance):
-            continue
-        for name, thought, theirs in known:
-            comparable = all(has_parts(exercise, theirs[case]) for case in cases)
-            if comparable and same(got, column(theirs, place), exercise.tolerance):
-                named.append((part, name, thought))
-                break
-        else:
-            nameless.append(part)
-    return named, nameless
+    places = range(len(exercise.parts)) if cases else ()
+    wrong = [place for place in places if not equal(right, place)]
+    causes = []
+    for name, thought, theirs in known:
+        explained = [place for place in wrong if equal(theirs, place)]
+        if explained:
+            causes.append((name, thought, explained))
+    causes.sort(key=lambda cause: (cause[0].startswith("two at once"), -len(cause[2])))
+
+    named = []
+    for name, thought, explained in causes:
+        parts = [exercise.parts[place] for place in explained if place in wrong]
+        if parts:
+            named.append((parts, name, thought))
+            wrong = [place for place in wrong if place not in explained]
+    return named, [exercise.parts[place] for place in wrong]
 
 
 def has_parts(exercise, result):
@@ -276,20 +303,30 @@ def described(exercise, results, right, named=()):
             stopped.append(case)
         else:
             bad.append(case)
-    lines = [f"right in: {', '.join(good) or 'no case'}"]
+    lines = [f"right in: {'; '.join(good) or 'no case'}"]
     if stopped:
-        lines.append(f"stopped in: {', '.join(stopped)}")
+        lines.append(f"stopped in: {'; '.join(stopped)}")
     for case in bad[:2]:
         parts = [("the result", results[case], right[case])]
         if has_parts(exercise, results[case]):
             parts = zip(exercise.parts, results[case], right[case])
         for part, got, should in parts:
             words = difference(got, should, exercise.tolerance)
+            if exercise.parts and part == "the result":
+                words = f"is {kind(got)}, should be {exercise.returns}"
             if words and part not in named:
-                lines.append(f"wrong in: {case}: {part} {words}")
+                lines.append(f"wrong in: {case}: {sentence(part, words)}")
     if bad[2:]:
-        lines.append(f"wrong in: {', '.join(bad[2:])}")
+        lines.append(f"wrong in: {'; '.join(bad[2:])}")
     return "\n".join(lines)
+
+
+def sentence(part, words):
+    """"δ" and "is 1" -> "δ is 1"; "the losses" and "is 1" -> "the losses are 1"."""
+    verb, rest = words.split(" ", 1)
+    if part.endswith("losses"):
+        verb = {"is": "are", "has": "have", "differs": "differ"}.get(verb, verb)
+    return f"{part} {verb} {rest}"
 
 
 def where(error, file):

@@ -41,15 +41,14 @@ import torch.nn.functional as F
 '''
 
 
-def start():
-    """Write exercises/work.py, unless it is there."""
+def start(path):
+    """Write the file of stubs, unless it is there."""
     try:
-        with open(WORK, "x", encoding="utf-8") as file:
+        with open(path, "x", encoding="utf-8") as file:
             file.write(work_text())
     except FileExistsError:
-        raise ValueError(f"{WORK} is there already, with your work; "
+        raise ValueError(f"{path} is there already, with your work; "
                          "move it away to begin anew") from None
-    return WORK
 
 
 def work_text():

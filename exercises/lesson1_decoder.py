@@ -37,6 +37,9 @@ def rms_norm(x, weight, eps):
     less to compute. eps keeps a vector of zeros from being divided by zero. In a 16-bit model the
     squares would overflow (float16 ends at 65,504, and 300² is more), so the statistics and the
     division are made in float32. The quotient goes back to x's dtype, then the weight is applied.
+    (The check sees that the squares are float32 and that x's dtype comes back. Where float32 ends,
+    before the division, after it or after the weight, changes only the last digits of 16 bits: that
+    it does not see.)
 
     x        (..., d)   any number of dimensions before the last; float32, float16 or bfloat16
     weight   (d,)       of the same dtype
@@ -126,6 +129,10 @@ RMS_NORM = Exercise(
                 "The squares of a float16 tensor overflow above 255, the mean is infinite, and the "
                 "quotient 0. They need float32.",
                 {"x32 = x.float()": "x32 = x"}),
+        Mistake("x is changed in place",
+                "x.float() of a float32 tensor is x itself, no copy. `x32 *= ...` then writes into "
+                "the sum that runs past the layers.",
+                {"x32 = x32 * torch": "x32 *= torch"}),
         Mistake("the weight is forgotten",
                 "The last step scales every dimension by its learned weight.",
                 {"return weight * x32": "return x32"}),

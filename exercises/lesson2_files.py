@@ -426,7 +426,8 @@ def stream_text_trial(stream_text):
         parts = [stream.add(id) for id in tokenizer.encode("Zoë pays 5 € and smiles 🙂.")]
         return {"what is printed, token by token": [*parts, stream.end()]}
 
-    return with_and_without(printed, (tokenizer.text, "Stream", ByStudent))
+    runs = "the stream of the embedded model's tokenizer, fed one sentence token by token"
+    return with_and_without(printed, runs, (tokenizer.text, "Stream", ByStudent))
 
 
 STREAM_TEXT = Exercise(

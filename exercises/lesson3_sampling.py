@@ -93,7 +93,8 @@ def probabilities_trial(probabilities):
 
         return choose
 
-    options = "--problem 1 --temperature 3 --top-k 40 --top-p 0.9 --max-new-tokens 40".split()
+    options = ("--problem 1 --slot-steps 0 --temperature 3 --top-k 40 --top-p 0.9 "
+               "--max-new-tokens 40").split()
     return answers_with((generate, "sampler", sampler), options=options)
 
 

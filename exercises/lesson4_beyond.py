@@ -11,7 +11,7 @@ import generate
 import slot
 from exercises.check import Exercise, Mistake
 from exercises.lesson1_decoder import random
-from exercises.lesson4_loop import AUTOGRAD, STEERED, head, ids
+from exercises.lesson4_loop import AUTOGRAD, FIT_PARTS, STEERED, fit_and_traces, head, ids
 from exercises.program import answers_with, embedded, prompt_states
 
 
@@ -41,12 +41,14 @@ def closed_form(hidden, targets, W, steps, lr):
                  δ = δ - lr * (m / (1 - 0.9^i)) / (sqrt(v / (1 - 0.999^i)) + 1e-5)
 
     hidden   (n, d);  targets (n,) int64;  W (V, d);  steps  0 or more;  lr  above 0
-    returns  δ (d,); the losses (steps + 1,): before every step, and after the last
+    returns  the pair (δ, losses): δ (d,), losses (steps + 1,): before every step, and after the
+             last
 
-    By hand: the example of exercise 10: W = (1, -1), h = 0, target 0, lr = 0.1. z = (0, 0), E = (1,
-    1), y = (1, 0). Step 1: b = (0, 0), c = (1, 1), s = 2, p = (1, 1) / 2, g = (1, -1)·(-1/2, 1/2) =
-    -1, m = -0.1, v = 0.001; both corrections divide: -1 and 1; δ = 0.1. L = ln 2 before, and after
-    it b = (0.1, -0.1), c = (1, e^-0.2), s = 1.8187: L = ln 1.8187 + 0.1 - 0.1 = 0.5981.
+    By hand: the example of exercise 10: W has the rows (1) and (-1), h is 0 at the one position,
+    target 0, lr = 0.1. z = (0, 0), E = (1, 1), y = (1, 0). Step 1: b = (0, 0), c = (1, 1), s = 2,
+    p = (1, 1) / 2, g = 1·(-1/2) + (-1)·1/2 = -1, m = -0.1, v = 0.001; both corrections divide: -1
+    and 1; δ = 0.1. L = ln 2 before, and after it b = (0.1, -0.1), c = (1, e^-0.2), s = 1.8187: L =
+    ln 1.8187 + 0.1 - 0.1 = 0.5981.
 
     >>> closed_form(torch.zeros(1, 1), torch.tensor([0]), torch.tensor([[1.0], [-1.0]]), 1, 0.1)
     (tensor([0.1000]), tensor([0.6931, 0.5981]))
@@ -144,6 +146,7 @@ CLOSED_FORM = Exercise(
     title="The closed form", minutes=60, level="hard",
     solution=closed_form, cases=closed_form_cases, observe=closed_form_observe,
     parts=("δ", "the losses", "no n × V exponentials in the loop"), tolerance=5e-5,
+    returns="the pair (δ, losses)",
     reward=closed_form_reward, trial=closed_form_trial,
     forbidden=(*AUTOGRAD, "optim", "cross_entropy"),
     mistakes=[
@@ -239,17 +242,20 @@ def optimize_deltas(hidden, tokens, mask, lm_head, steps, lr):
     of the losses is, row by row, each row's own gradient; the gradient of their mean would be B
     times too small. AdamW works on each number by itself, so one optimizer serves all rows.
 
-    hidden   (B, T, d) float32; anything at padded positions
+    hidden   (B, T, d) float32; any finite numbers at padded positions
     tokens   (B, T) int64
     mask     (B, T) bool, True = real; padding on either side. A pair counts if both tokens are
              real; n_b is their number. Without a pair (one token) loss and δ are 0
-    lm_head  nn.Linear(d, V) without bias, whose .grad must stay None
+    lm_head  nn.Linear(d, V) without bias. Its weights could be trained: their .grad stays None, and
+             requires_grad stays as it was
     steps, lr, AdamW's settings: as in exercise 10
-    returns  δ (B, 1, d) and the losses (steps + 1, B), without a graph
+    returns  the pair (δ, losses): δ (B, 1, d), losses (steps + 1, B), before every step and, last,
+             after the final one; both float32 tensors without a graph (not a list)
 
-    By hand: W = (1, -1), h = 0, tokens (0, 0) and (1, 1), one step, lr = 0.1. The first row is the
-    example of exercise 10: δ = 0.1. The second is its mirror image: δ = -0.1. A shared δ would stay
-    0: the two gradients cancel.
+    By hand: W has the rows (1) and (-1); h is 0 at both positions of both prompts. Tokens (0, 0)
+    and (1, 1), one step, lr = 0.1. The first prompt is the example of exercise 10, with gradient
+    -1: δ = 0.1. The second is its mirror image, with gradient 1: δ = -0.1. A shared δ would stay 0:
+    the two gradients cancel.
 
     >>> lm_head = torch.nn.Linear(1, 2, bias=False)
     >>> lm_head.weight.data = torch.tensor([[1.0], [-1.0]])
@@ -259,8 +265,9 @@ def optimize_deltas(hidden, tokens, mask, lm_head, steps, lr):
     (tensor([ 0.1000, -0.1000]), tensor([[0.6931, 0.6931],
             [0.5981, 0.5981]]))
 
-    Allowed: torch.optim.AdamW, F.cross_entropy, autograd. Not allowed: nothing. (A loop over the
-    rows passes, too, and is how this project does it: see speed/batch.py. Try to do without.)
+    Allowed: torch.optim.AdamW, F.cross_entropy (it wants the logits as (B, V, T-1): transpose, do
+    not reshape), autograd. Not allowed: nothing. (A loop over the rows passes, too, and is how this
+    project does it: see speed/batch.py. Try to do without.)
 
     To think about: AdamW divides by the root of the squares, so a factor 1/B in the gradient should
     cancel. Why does the mean over the batch still give another δ than the sum?
@@ -287,10 +294,7 @@ def optimize_deltas(hidden, tokens, mask, lm_head, steps, lr):
 
 
 def optimize_deltas_observe(optimize_deltas, hidden, tokens, mask, lm_head, steps, lr):
-    result = optimize_deltas(hidden, tokens, mask, lm_head, steps, lr)
-    if not isinstance(result, tuple) or len(result) != 2:
-        return result
-    return (*result, lm_head.weight.grad is None)
+    return fit_and_traces(optimize_deltas(hidden, tokens, mask, lm_head, steps, lr), lm_head)
 
 
 def optimize_deltas_cases():
@@ -364,13 +368,14 @@ def optimize_deltas_trial(optimize_deltas):
         deltas, losses = zip(*fits)
         return torch.cat(deltas), torch.stack(losses, dim=1)
 
-    return answers(each_alone), answers(optimize_deltas)
+    runs = "three held-out problems (common, rare, unseen) in one padded batch, 5 steps at lr 0.1"
+    return answers(each_alone), answers(optimize_deltas), runs
 
 
 ONE_DELTA_EACH = Exercise(
     title="One δ for each prompt of a padded batch", minutes=45, level="hard",
     solution=optimize_deltas, cases=optimize_deltas_cases, observe=optimize_deltas_observe,
-    parts=("δ", "the losses", "W has collected no gradient"),
+    parts=FIT_PARTS, returns="the pair (δ, losses)",
     reward=optimize_deltas_reward, trial=optimize_deltas_trial,
     mistakes=[
         Mistake("δ is shared by the batch",
@@ -412,6 +417,23 @@ ONE_DELTA_EACH = Exercise(
         Mistake("the gradient of W is collected",
                 "backward() fills the .grad of all that could be trained. Ask for δ's alone.",
                 {"backward(inputs=[delta])": "backward()"}),
+        Mistake("W is frozen and stays so",
+                "requires_grad_(False) keeps W from collecting a gradient, but whoever trains the "
+                "model later finds a head that learns nothing. Ask backward for δ's gradient "
+                "alone, or set requires_grad back.",
+                {"n = pairs.sum": "lm_head.requires_grad_(False); n = pairs.sum"}),
+        Mistake("the logits are not transposed",
+                "F.cross_entropy takes the second dimension for the vocabulary. It wants (B, V, "
+                "T-1) beside (B, T-1): transpose(1, 2).",
+                {"logits.transpose(1, 2)": "logits"}),
+        Mistake("the logits are reshaped, not transposed",
+                "reshape and view read the numbers in the order in which they lie, so that "
+                "positions and words are mixed up. (B, V, T-1) is made by transpose(1, 2).",
+                {"logits.transpose(1, 2)": "logits.reshape(B, logits.shape[2], -1)"}),
+        Mistake("the gradient is cleared before the step",
+                "zero_grad() stands between backward() and step(): there is nothing left to step "
+                "along, and δ stays 0. Clear it after the step, or before backward().",
+                {"optimizer.step()": "optimizer.zero_grad(); optimizer.step()"}),
         Mistake("gradients add up",
                 "Set .grad back after every step.",
                 {"optimizer.zero_grad()": "pass"}),
@@ -426,6 +448,27 @@ ONE_DELTA_EACH = Exercise(
         Mistake("a prompt of one token gives NaN",
                 "It has no pair: 0/0. Divide by at least 1.",
                 {".clamp(min=1)": ""}),
+        Mistake("a prompt of one token gives NaN, in δ too",
+                "One cause for both: it has no pair, so its loss is 0/0, and the gradient of that "
+                "is NaN, too. Divide by at least 1.",
+                {".clamp(min=1)": "", ".masked_fill(~pairs, -100)": "",
+                 "nll.sum(1) / n": "(nll * pairs).sum(1) / n"}),
+        Mistake("the loss after the last step is missing",
+                "steps losses instead of steps + 1: what the fit has reached is the last one.",
+                {"losses.append": "if step < steps: losses.append"}),
+        Mistake("δ keeps its graph",
+                "What is returned still has requires_grad: whoever uses it builds a graph. "
+                "detach() it.",
+                {"return delta.detach()": "return delta"}),
+        Mistake("the losses keep their graph",
+                "Each loss still hangs on all that it was computed from. Note loss.detach().",
+                {"loss.detach()": "loss"}),
+        Mistake("the losses are a list",
+                "They should be a float32 tensor (steps + 1, B): torch.stack(losses).",
+                {"torch.stack(losses)": "losses"}),
+        Mistake("δ alone is returned",
+                "The result is δ, should be the pair (δ, losses).",
+                {", torch.stack(losses)": ""}),
     ],
     hints=["Exercise 10 with a batch dimension: δ is (B, 1, d), and lm_head(δ) is (B, 1, V), "
            "which adds to (B, T-1, V).",
@@ -530,6 +573,7 @@ def vocabulary_bias_trial(vocabulary_bias):
 BIAS = Exercise(
     title="δ is a bias on the vocabulary", minutes=45, level="medium",
     solution=vocabulary_bias, cases=vocabulary_bias_cases, parts=("change", "H u"),
+    returns="the pair (change, H u)",
     reward=vocabulary_bias_reward, trial=vocabulary_bias_trial,
     forbidden=AUTOGRAD,
     mistakes=[

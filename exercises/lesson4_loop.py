@@ -58,18 +58,22 @@ def prompt_loss(logits, tokens, mask):
     mask     (B, T) bool, True = a real token
     returns  (B,) float32, one loss for each sample
 
-    By hand: V = 2, tokens (0, 1, 1), probabilities (0.5, 0.5), (0.2, 0.8), (0.9, 0.1) at the three
-    positions. Position 0 must predict token 1: 0.5. Position 1 must predict token 1: 0.8. Position
-    2 has no successor. -(ln 0.5 + ln 0.8) / 2 = (0.6931 + 0.2231) / 2 = 0.4581. If the first token
-    were padding, the pair of positions 1 and 2 alone would be left: 0.2231.
+    By hand: V = 3, T = 5, tokens (0, 1, 1, 2, 0). The probabilities at positions 0 .. 4 are the
+    rows below. Position 0 must predict token 1: 0.5. Position 1 must predict token 1: 0.8. Position
+    2 must predict token 2: 0.4. Position 3 must predict token 0: 0.5. Position 4 has no successor.
+    -(ln 0.5 + ln 0.8 + ln 0.4 + ln 0.5) / 4 = (0.6931 + 0.2231 + 0.9163 + 0.6931) / 4 = 0.6314. If
+    the first token were padding, three pairs would be left: (0.2231 + 0.9163 + 0.6931) / 3 =
+    0.6109.
 
-    >>> logits = torch.tensor([[[0.5, 0.5], [0.2, 0.8], [0.9, 0.1]]]).log()
-    >>> prompt_loss(logits, torch.tensor([[0, 1, 1]]), torch.tensor([[True, True, True]]))
-    tensor([0.4581])
-    >>> prompt_loss(logits, torch.tensor([[0, 1, 1]]), torch.tensor([[False, True, True]]))
-    tensor([0.2231])
+    >>> rows = [[0.2, 0.5, 0.3], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]
+    >>> logits, tokens = torch.tensor([rows]).log(), torch.tensor([[0, 1, 1, 2, 0]])
+    >>> prompt_loss(logits, tokens, torch.tensor([[True, True, True, True, True]]))
+    tensor([0.6314])
+    >>> prompt_loss(logits, tokens, torch.tensor([[False, True, True, True, True]]))
+    tensor([0.6109])
 
-    Allowed: everything on tensors, F.cross_entropy too (it is -log softmax and a gather in one).
+    Allowed: everything on tensors, F.cross_entropy too (it is -log softmax and a gather in one; it
+    wants the logits as (B, V, T-1): transpose, do not reshape).
     Not allowed: nothing. Loops are not needed.
 
     To think about: a model that knows nothing gives every token the same probability. What is its
@@ -85,13 +89,14 @@ def prompt_loss(logits, tokens, mask):
 
 
 def prompt_loss_cases():
-    by_hand = torch.tensor([[[0.5, 0.5], [0.2, 0.8], [0.9, 0.1]]]).log()
+    by_hand = torch.tensor([[[0.2, 0.5, 0.3], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.5, 0.3, 0.2],
+                             [0.1, 0.1, 0.8]]]).log()
     on = torch.ones(2, 6, dtype=torch.bool)
     left, right = on.clone(), on.clone()
     left[0, :2], right[1, 3:] = False, False
     short = torch.tensor([[False, False, False, False, False, True], [True] * 6])
     return {
-        "the example by hand": (by_hand, torch.tensor([[0, 1, 1]]), on[:1, :3]),
+        "the example by hand": (by_hand, torch.tensor([[0, 1, 1, 2, 0]]), on[:1, :5]),
         "no padding": (2 * random(20, 2, 6, 7), ids(21, 7, 2, 6), on),
         "padding on the left": (2 * random(22, 2, 6, 7), ids(23, 7, 2, 6), left),
         "padding on the right": (2 * random(24, 2, 6, 7), ids(25, 7, 2, 6), right),
@@ -173,6 +178,17 @@ PROMPT_LOSS = Exercise(
                 "a sample's δ must not depend on who shares the batch.",
                 {"(nll * real).sum(1) / real.sum(1).clamp(min=1)":
                  "(nll * real).sum() / real.sum()"}),
+        Mistake("the logits are not transposed",
+                "F.cross_entropy takes the second dimension for the vocabulary. It wants (B, V, "
+                "T-1) beside (B, T-1): transpose(1, 2).",
+                {".log_softmax(-1)": "", "-log_p.gather(-1, targets[:, :, None])[:, :, 0]":
+                 "F.cross_entropy(log_p, targets, reduction='none')"}),
+        Mistake("the logits are reshaped, not transposed",
+                "reshape and view read the numbers in the order in which they lie, so that "
+                "positions and words are mixed up. (B, V, T-1) is made by transpose(1, 2).",
+                {".log_softmax(-1)": "", "-log_p.gather(-1, targets[:, :, None])[:, :, 0]":
+                 "F.cross_entropy(log_p.reshape(len(log_p), log_p.shape[2], -1), targets, "
+                 "reduction='none')"}),
         Mistake("no minus sign",
                 "That is the log-likelihood, which is to grow. The loss is its negative.",
                 {"nll = -log_p": "nll = log_p"}),
@@ -186,7 +202,7 @@ PROMPT_LOSS = Exercise(
     ],
     hints=["Two slices that belong together: logits[:, :-1] and tokens[:, 1:], both T - 1 long.",
            "F.cross_entropy(..., reduction='none') or log_softmax and gather give (B, T-1) "
-           "numbers.",
+           "numbers. F.cross_entropy wants (B, V, T-1): transpose, do not reshape.",
            "A pair counts where mask[:, :-1] & mask[:, 1:]. Sum over dimension 1, divide by its "
            "sum, at least 1."],
     answer="ln 768 = 6.64. exp(0.55) = 1.7: on average it hesitates between two tokens, mostly "
@@ -208,22 +224,24 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr):
         δ = 0, then `steps` times:   δ <- AdamW(δ, dL/dδ)
 
     W is linear: W(h + δ) = W h + W δ. So W h, the large product, is computed once, before the loop.
-    AdamW as the authors set it: betas (0.9, 0.999), eps 1e-5, weight_decay 1e-8. Report the loss
-    before every step and, last, the one after the final step: steps + 1 numbers. What the loop must
-    leave alone: the weights of lm_head could be trained here, yet they must not collect a gradient
-    (their .grad stays None); and hidden may come with the graph of the decoder behind it, which
-    must not be walked through.
+    AdamW as the authors set it: betas (0.9, 0.999), eps 1e-5, weight_decay 1e-8. Return, as a
+    second result, the loss before every step and, last, the one after the final step: steps + 1
+    numbers. What the loop must leave alone: the weights of lm_head could be trained here, yet they
+    must not collect a gradient (their .grad stays None, and requires_grad stays as it was); and
+    hidden may come with the graph of the decoder behind it, which must not be walked through.
 
     hidden   (1, T, d) float32, the decoder's output for these tokens
-    tokens   a list of T ids
+    tokens   a list of T ids, T at least 2
     lm_head  nn.Linear(d, V) without bias: lm_head(x) is W x
     steps    0 or more;  lr  above 0
-    returns  δ (1, 1, d) float32, a plain tensor without a graph; the losses (steps + 1,) float32
+    returns  the pair (δ, losses): δ (1, 1, d), losses (steps + 1,), both float32 tensors without a
+             graph (not a list)
 
-    By hand: d = 1, V = 2, W = (1, -1), h = (0, 0), tokens (0, 0), one step, lr = 0.1. Both tokens
-    have probability 1/2, loss ln 2 = 0.6931. The gradient is 1/2 * 1 + 1/2 * (-1) - 1 = -1. AdamW's
-    first step has length lr against the gradient's sign: δ = 0.1. Logits (0.1, -0.1), so the loss
-    is ln(1 + exp(-0.2)) = 0.5981.
+    By hand: d = 1, V = 2, T = 2, tokens (0, 0), one step, lr = 0.1. W has the rows (1) and (-1); h
+    is 0 at both positions. So the logits are (δ, -δ), and the loss of the one pair is -ln of token
+    0's probability, ln(1 + exp(-2δ)): at δ = 0 ln 2 = 0.6931. Its gradient is -2 / (1 + exp(2δ)),
+    at δ = 0 it is -1. AdamW's first step has length lr against the gradient's sign: δ = 0.1. Now
+    the loss is ln(1 + exp(-0.2)) = 0.5981.
 
     >>> lm_head = torch.nn.Linear(1, 2, bias=False)
     >>> lm_head.weight.data = torch.tensor([[1.0], [-1.0]])
@@ -253,13 +271,27 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr):
     return delta.detach(), torch.tensor(losses)
 
 
-def optimize_delta_observe(optimize_delta, hidden, tokens, lm_head, steps, lr):
-    result = optimize_delta(hidden, tokens, lm_head, steps, lr)
+FIT_PARTS = "δ", "the losses", "δ's graph", "the losses' graph", "W's .grad", "W's requires_grad"
+
+
+def fit_and_traces(result, lm_head):
+    """The pair (δ, losses) with what a fit has left behind: graphs, and changes of lm_head."""
     if not isinstance(result, tuple) or len(result) != 2:
         return result
-    delta, losses = result
-    graph = isinstance(delta, torch.Tensor) and delta.requires_grad
-    return delta, losses, not graph, lm_head.weight.grad is None
+    W = lm_head.weight
+    return (*result, *map(graph_of, result), "none" if W.grad is None else "a gradient",
+            W.requires_grad)
+
+
+def graph_of(tensors):
+    for tensor in tensors if isinstance(tensors, list) else [tensors]:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            return "kept"
+    return "none"
+
+
+def optimize_delta_observe(optimize_delta, hidden, tokens, lm_head, steps, lr):
+    return fit_and_traces(optimize_delta(hidden, tokens, lm_head, steps, lr), lm_head)
 
 
 def optimize_delta_cases():
@@ -304,7 +336,7 @@ ADAMW = "torch.optim.AdamW([delta], lr=lr, eps=1e-5, weight_decay=1e-8)"
 LOOP = Exercise(
     title="The loop", minutes=45, level="medium",
     solution=optimize_delta, cases=optimize_delta_cases, observe=optimize_delta_observe,
-    parts=("δ", "the losses", "δ has no graph", "W has collected no gradient"),
+    parts=FIT_PARTS, returns="the pair (δ, losses)",
     reward=optimize_delta_reward, trial=optimize_delta_trial,
     mistakes=[
         Mistake("the gradient of W is collected",
@@ -315,6 +347,27 @@ LOOP = Exercise(
                 "hidden still carries the graph of the decoder. The first backward() went all the "
                 "way down and freed it, the second finds nothing. h is a constant: cut it off.",
                 {"with torch.no_grad():": "if True:", "backward(inputs=[delta])": "backward()"}),
+        Mistake("the decoder's graph is walked through, though not W's",
+                "W is cut off, hidden is not: it still carries the graph of the decoder. The first "
+                "backward() freed that graph, the second finds nothing. h is a constant, too.",
+                {"with torch.no_grad():": "if True:", "backward(inputs=[delta])": "backward()",
+                 "lm_head(hidden[:, :-1])": "F.linear(hidden[:, :-1], lm_head.weight.detach())",
+                 "lm_head(delta)": "F.linear(delta, lm_head.weight.detach())"}),
+        Mistake("the graphs of the decoder and of W are walked through",
+                "hidden still carries the graph of the decoder: the first backward() freed it, the "
+                "second finds nothing. And W collects a gradient on the way. h is a constant: cut "
+                "it off; and ask for δ's gradient alone.",
+                {"with torch.no_grad():": "if True:", "backward(inputs=[delta])": "backward()",
+                 "logits = Wh + lm_head(delta)": "logits = lm_head(hidden[:, :-1] + delta)"}),
+        Mistake("W is frozen and stays so",
+                "requires_grad_(False) keeps W from collecting a gradient, but whoever trains the "
+                "model later finds a head that learns nothing. Ask backward for δ's gradient "
+                "alone, or set requires_grad back.",
+                {"targets = torch": "lm_head.requires_grad_(False); targets = torch"}),
+        Mistake("the gradient is cleared before the step",
+                "zero_grad() stands between backward() and step(): there is nothing left to step "
+                "along, and δ stays 0. Clear it after the step, or before backward().",
+                {"optimizer.step()": "optimizer.zero_grad(); optimizer.step()"}),
         Mistake("gradients add up",
                 "backward() adds to .grad. Set it back after every step.",
                 {"optimizer.zero_grad()": "pass"}),
@@ -375,6 +428,17 @@ LOOP = Exercise(
                 "What is returned still has requires_grad: whoever uses it builds a graph. "
                 "detach() it.",
                 {"return delta.detach()": "return delta"}),
+        Mistake("the losses keep their graph",
+                "Each loss still hangs on all that it was computed from. Note loss.item() or "
+                "loss.detach().",
+                {"loss.item()": "loss", "torch.tensor(losses)": "torch.stack(losses)"}),
+        Mistake("the losses are a list",
+                "They should be a float32 tensor (steps + 1,): torch.tensor(losses), or "
+                "torch.stack.",
+                {"torch.tensor(losses)": "losses"}),
+        Mistake("δ alone is returned",
+                "The result is δ, should be the pair (δ, losses).",
+                {", torch.tensor(losses)": ""}),
     ],
     hints=["Before the loop: targets, W h without gradient, δ = zeros with requires_grad, the "
            "optimizer.",

@@ -129,13 +129,15 @@ def compare_trial(compare):
     what = f"right plainly, right with SLOT, fixed, broken, p of {len(golds)} problems"
     own = [*right, fixed, broken, sign_test(fixed, broken)]
     yours = compare(plain, steered, golds)
-    return {what: [f" {x}" for x in own]}, {what: [f" {x}" for x in yours]}
+    runs = "answers to ten held-out problems in unseen phrasings, plain and with 10 steps at lr 0.1"
+    return {what: [f" {x}" for x in own]}, {what: [f" {x}" for x in yours]}, runs
 
 
 COMPARE = Exercise(
     title="Score, fixed and broken, the exact sign test", minutes=45, level="medium",
     solution=compare, cases=compare_cases,
     parts=("right_plain", "right_slot", "fixed", "broken", "p"), tolerance=1e-9,
+    returns="the five (right_plain, right_slot, fixed, broken, p)",
     reward=compare_reward, trial=compare_trial, forbidden=("scipy", "statsmodels"),
     mistakes=[
         Mistake("the last run of digits",
@@ -315,12 +317,14 @@ def can_gain_trial(can_gain):
                                    torch.tensor(answer), W, b)
         yours += [cosine, *control[:3]]
     what = "cosine and the control's first three numbers, three problems"
-    return {what: [f" {x:.3f}" for x in own]}, {what: [f" {x:.3f}" for x in yours]}
+    runs = "the first three held-out problems in unseen phrasings, at δ = 0"
+    return {what: [f" {x:.3f}" for x in own]}, {what: [f" {x:.3f}" for x in yours]}, runs
 
 
 CAN_GAIN = Exercise(
     title="When can the answer gain?", minutes=50, level="hard",
     solution=can_gain, cases=can_gain_cases, parts=("the agreement", "the control"),
+    returns="the pair (cosine, control)",
     reward=can_gain_reward, trial=can_gain_trial,
     forbidden=("requires_grad", "requires_grad_", "backward", "autograd", "grad", "func"),
     mistakes=[

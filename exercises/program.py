@@ -93,15 +93,17 @@ def answer(*options):
     return found
 
 
-def with_and_without(program, *places):
-    """-> what a program gives with the project's own functions, and with others in their place."""
+def with_and_without(program, runs, *places):
+    """-> what a program gives with the project's own functions, and with others in their place;
+    and what both runs are, in words."""
     own = program()
     with in_place_of(*places):
-        return own, program()
+        return own, program(), runs
 
 
-def answers_with(*places, options=("--problem", "1", "--slot-steps", "3")):
-    return with_and_without(lambda: answer(*options), *places)
+def answers_with(*places, options="--problem 1 --slot-steps 3 --slot-lr 0.01".split()):
+    runs = f"python generate.py {' '.join(options)}"
+    return with_and_without(lambda: answer(*options), runs, *places)
 
 
 def parting(own, yours):
@@ -110,7 +112,7 @@ def parting(own, yours):
     for what, words in own.items():
         others = yours[what]
         if words == others:
-            lines.append(f"{what}: the same {len(words)}: {shown(words, '')}")
+            lines.append(f"{what}: the same, all {len(words)}: {shown(words, '')}")
             continue
         same = False
         at = 0

@@ -254,6 +254,131 @@ def test_a_first_try_in_words_of_its_own_is_named(number, tmp_path):
     assert (verdict.status, verdict.name) == ("mistake", name), verdict
 
 
+LOOPS = {       # of exercise 10, each with W, h and the places of clear, result in another way
+    "the decoder's graph is walked through, though not W's": dict(W="lm_head.weight.detach()", h="hidden"),
+    "the graphs of the decoder and of W are walked through": dict(h="hidden"),
+    "the gradient of W is collected": {},
+    "two at once: the graphs of the decoder and of W are walked through; and the losses are a list":
+        dict(h="hidden", losses="losses"),
+    "the gradient is cleared before the step": dict(W="lm_head.weight.detach()", clear="optimizer.zero_grad()"),
+    "W is frozen and stays so": dict(first="lm_head.weight.requires_grad = False"),
+    "the losses keep their graph": dict(W="lm_head.weight.detach()", note="loss", losses="torch.stack(losses)"),
+    "the losses are a list": dict(W="lm_head.weight.detach()", losses="losses"),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_that_makes_its_logits_anew_in_every_step_is_named(name, tmp_path):
+    """The solution computes W h once; most first tries do not, and their graphs differ from its own."""
+    usual = dict(W="lm_head.weight", h="hidden.detach()", clear="pass", note="loss.item()",
+                 losses="torch.tensor(losses)", first="pass")
+    body = """
+        {first}
+        delta = torch.zeros(hidden.shape[-1], requires_grad=True)
+        optimizer = torch.optim.AdamW([delta], lr=lr, eps=1e-5, weight_decay=1e-8)
+        losses = []
+        for step in range(steps + 1):
+            optimizer.zero_grad()
+            loss = F.cross_entropy((({h} + delta) @ {W}.T)[0, :-1], torch.tensor(tokens)[1:])
+            losses.append({note})
+            if step < steps:
+                loss.backward()
+                {clear}
+                optimizer.step()
+        return delta.detach()[None, None], {losses}
+        """.format(**usual | LOOPS[name])
+    verdict = student(tmp_path, 10, body)
+    assert (verdict.status, verdict.name) == ("mistake", name), verdict
+    text = verdict.text.splitlines()
+    assert text[0] == name and not any("Error" in line for line in text[:2])
+
+
+def test_one_cause_of_several_wrong_parts_is_named_once(tmp_path):
+    """NaN in δ and in the losses, W's gradient, and a list: the cause of both NaN comes once."""
+    body = """
+        pairs = mask[:, 1:] & mask[:, :-1]
+        delta = torch.zeros(len(tokens), 1, hidden.shape[2], requires_grad=True)
+        optimizer = torch.optim.AdamW([delta], lr=lr, eps=1e-5, weight_decay=1e-8)
+        losses = []
+        for step in range(steps + 1):
+            log_p = lm_head(hidden[:, :-1] + delta).log_softmax(-1)
+            nll = -log_p.gather(-1, tokens[:, 1:, None])[..., 0]
+            loss = (nll * pairs).sum(1) / pairs.sum(1)
+            losses.append(loss)
+            if step < steps:
+                optimizer.zero_grad()
+                loss.sum().backward()
+                optimizer.step()
+        return delta, torch.stack(losses)
+        """
+    verdict = student(tmp_path, 13, body)
+    assert verdict.status == "mistake"
+    assert verdict.text.startswith("δ and the losses: a prompt of one token gives NaN, in δ too\nOne cause")
+    assert "W's .grad: the gradient of W is collected\n" in verdict.text
+    assert verdict.name == ("a prompt of one token gives NaN, in δ too; the gradient of W is collected; "
+                            "δ keeps its graph; the losses keep their graph")
+    once = body.replace("loss.sum().backward()", "loss.sum().backward(inputs=[delta])").replace(
+        "return delta, torch.stack(losses)", "return delta.detach(), torch.stack(losses).detach()")
+    verdict = student(tmp_path, 13, once)
+    assert verdict == ("mistake", verdict.text, "a prompt of one token gives NaN, in δ too")
+
+
+def test_a_named_cause_stands_above_what_python_says(tmp_path):
+    body = """
+        if len(tokens) == 2:
+            raise RuntimeError("no more")
+        delta = torch.zeros(1, 1, hidden.shape[-1], requires_grad=True)
+        optimizer = torch.optim.AdamW([delta], lr=lr, eps=1e-5, weight_decay=1e-8)
+        losses = []
+        for step in range(steps + 1):
+            loss = F.cross_entropy(lm_head(hidden.detach() + delta)[0, :-1], torch.tensor(tokens[1:]))
+            losses.append(loss.item())
+            if step < steps:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return delta.detach(), torch.tensor(losses)
+        """
+    verdict = student(tmp_path, 10, body)
+    assert verdict.status == "error" and verdict.name == "the gradient of W is collected"
+    assert verdict.text.startswith("W's .grad: the gradient of W is collected\n")
+    assert verdict.text.index("W's .grad") < verdict.text.index("line ") < verdict.text.index("RuntimeError: no more")
+
+
+@pytest.mark.parametrize("number, body, name", [
+    (9, "nll = F.cross_entropy(logits[:, :-1], tokens[:, 1:], reduction='none')", "the logits are not transposed"),
+    (9, "B, T, V = logits.shape; real = mask[:, 1:] & mask[:, :-1]\n"
+        "nll = F.cross_entropy(logits[:, :-1].reshape(B, V, T - 1), tokens[:, 1:], reduction='none')\n"
+        "return (nll * real).sum(1) / real.sum(1).clamp(min=1)", "the logits are reshaped, not transposed"),
+    (13, "F.cross_entropy(lm_head(hidden[:, :-1]), tokens[:, 1:], reduction='none')", "the logits are not transposed")])
+def test_a_transpose_that_is_missing_is_named_and_not_only_the_error(number, body, name, tmp_path):
+    verdict = student(tmp_path, number, body)
+    assert (verdict.status, verdict.name) == ("mistake", name), verdict
+    assert verdict.text.startswith(name) and "transpose(1, 2)" in verdict.text
+
+
+def test_what_is_not_the_pair_is_told_what_it_should_be(tmp_path):
+    verdict = student(tmp_path, 10, "return torch.ones(1, 1, 6)")
+    assert "the result is a tensor of shape (1, 1, 6), should be the pair (δ, losses)" in verdict.text
+    verdict = student(tmp_path, 13, "return 1, 2, 3")
+    assert "the result is a tuple of 3, should be the pair (δ, losses)" in verdict.text
+    for number in (10, 13):
+        body = textwrap.dedent(OTHER_WAYS[number])
+        place = body.rindex(", losses" if number == 10 else ", torch.tensor(losses)")
+        verdict = student(tmp_path, number, body[:place] + "\n")
+        assert (verdict.status, verdict.name) == ("mistake", "δ alone is returned")
+        assert "should be the pair (δ, losses)" in verdict.text
+
+
+def test_nested_results_are_printed_as_they_stand():
+    difference = checking.difference
+    assert difference(torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), 1e-5) == (
+        "is [[0.0, 0.0], [0.0, 0.0]], should be [[1.0, 0.0], [0.0, 2.0]]")
+    assert difference(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), 1e-5) == "is [0.0, 0.0], should be [1.0, 1.0]"
+    assert difference(torch.zeros(1, 1, 1), torch.ones(1, 1, 1), 1e-5) == "is 0.0, should be 1.0"
+    assert difference([[1, 2], [3]], [[1, 2], [4]], 1e-5) == "at [1][0] is 3, should be 4"
+
+
 def test_many_mistakes_at_once_are_named_part_by_part(tmp_path):
     body = """
         delta = torch.zeros(1, 1, hidden.shape[-1], requires_grad=True)
@@ -275,7 +400,7 @@ def test_many_mistakes_at_once_are_named_part_by_part(tmp_path):
         assert name in verdict.name, verdict
     verdict = student(tmp_path, 10, body.replace("torch.tensor(losses)", "torch.tensor(losses) * 7"))
     assert verdict.status == "wrong" and "δ keeps its graph" in verdict.name
-    assert "wrong in: the example by hand: the losses has shape (1,)" in verdict.text
+    assert "wrong in: the example by hand: the losses have shape (1,)" in verdict.text
 
 
 def test_a_wrong_answer_that_nobody_planted_gets_numbers_and_places(tmp_path):
@@ -290,7 +415,7 @@ def test_a_wrong_answer_that_nobody_planted_gets_numbers_and_places(tmp_path):
 
 def test_right_in_some_cases_is_said(tmp_path):
     verdict = student(tmp_path, 6, "return [b'l', b'o', b'wer'] if piece == b'lower' else []")
-    assert "right in: the example by hand, no bytes" in verdict.text
+    assert "right in: the example by hand; no bytes" in verdict.text
 
 
 def test_an_exception_shows_the_students_own_line(tmp_path):
@@ -298,7 +423,7 @@ def test_an_exception_shows_the_students_own_line(tmp_path):
     assert verdict.status == "error"
     assert verdict.text.splitlines()[:3] == [
         "line 7: return y / helper(y)", "NameError: name 'helper' is not defined", "right in: no case"]
-    assert verdict.text.splitlines()[3].startswith("stopped in: the example by hand, two samples")
+    assert verdict.text.splitlines()[3].startswith("stopped in: the example by hand; two samples")
     verdict = check(1, EXERCISES[1], lambda x: x, "work.py")
     assert verdict.status == "error" and "does the signature fit" in verdict.text
     assert check(1, EXERCISES[1], None).status == "error"
@@ -314,7 +439,14 @@ def test_a_loop_without_end_is_stopped(tmp_path, monkeypatch):
 def test_arguments_must_not_be_changed(tmp_path):
     body = ("s = x.float()\ny = s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + eps)\n"
             "y = weight * y.to(x.dtype)\nx.zero_()\nreturn y")
-    assert "argument 1 is changed in place" in student(tmp_path, 1, body).text
+    assert "x is changed in place (x.float() of a float32 tensor is x itself)" in student(tmp_path, 1, body).text
+    body = ("s = x.float()\ns *= torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + eps)\n"
+            "return weight * s.to(x.dtype)")
+    assert student(tmp_path, 1, body).name == "x is changed in place"
+    verdict = student(tmp_path, 9, "tokens += 1\nreturn logits.sum((1, 2))")
+    assert "tokens is changed in place; work on a copy" in verdict.text
+    verdict = student(tmp_path, 10, "lm_head(hidden.zero_())")
+    assert "hidden is changed in place (hidden.float() of" in verdict.text
 
 
 def test_what_the_exercise_forbids_does_not_pass(tmp_path):

@@ -107,6 +107,26 @@ def test_start_writes_the_stubs_once(copy):
     work.unlink()
 
 
+def test_start_writes_the_file_that_it_is_given(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    work = tmp_path / "mine here.py"
+    main(parse_arguments(["--work", str(work)]))
+    assert capsys.readouterr().out.endswith(f". Begin with: python -m exercises --work '{work}' start\n")
+    with pytest.raises(ValueError, match="mine here.py is not there; begin with: .* --work '.*' start"):
+        main(parse_arguments(["--work", str(work), "check", "1"]))
+    before = handout.WORK.exists() and handout.WORK.read_bytes()
+    main(parse_arguments(["--work", str(work), "start"]))
+    assert work.read_text(encoding="utf-8") == work_text()
+    assert capsys.readouterr().out.splitlines() == [
+        "written: mine here.py",
+        f"Read exercise 1 there, write its body, then: python -m exercises --work '{work}' check 1"]
+    assert (handout.WORK.exists() and handout.WORK.read_bytes()) == before
+    work.write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="mine here.py is there already"):
+        main(parse_arguments(["--work", str(work), "start"]))
+    assert work.read_text(encoding="utf-8") == "mine"
+
+
 def test_work_is_ignored_by_git():
     assert "work.py" in (ROOT / "exercises" / ".gitignore").read_text().split()
 
@@ -195,13 +215,27 @@ def coarse(text):
     return re.sub(r"(\.\d+)\d\b", r"\1", text)
 
 
+def test_the_transcript_solves_nothing():
+    """Neither a line of exercise 9's solution nor what makes one: no shift, no mask, no transpose."""
+    transcript = README.split("### A transcript")[1]
+    body = inspect.getsource(EXERCISES[9].solution).split('"""')[-1]
+    assert not [line for line in body.splitlines() if line.strip() and line.split("#")[0].strip() in transcript]
+    assert not re.search(r"transpose|gather|mask\[|\[:, |reduction", transcript)
+
+
+def test_the_readme_counts_the_mistakes_that_are_planted():
+    mistakes = sum(len(exercise.mistakes) for exercise in EXERCISES.values())
+    assert f"those of {mistakes} wrong ones" in README
+
+
 def test_the_transcript_is_what_the_commands_say(tmp_path, capsys):
     transcript = README.split("### A transcript")[1]
-    first, second = re.findall(r"    \(.*\)\n((?:    .*\n)+)", transcript)
-    stub = "def prompt_loss(logits, tokens, mask):\n"
-    for body, commands in ((first, [["check", "9"]]), (second, [["check", "9"], ["try", "9"]])):
+    first, = re.findall(r"    \(.*a first try\)\n((?:    .*\n)+)", transcript)
+    first = "def prompt_loss(logits, tokens, mask):\n" + first
+    second = inspect.getsource(EXERCISES[9].solution)           # which the transcript does not show
+    for text, commands in ((first, [["check", "9"]]), (second, [["check", "9"], ["try", "9"]])):
         work = tmp_path / "work.py"
-        work.write_text(HEADER + stub + body, encoding="utf-8")
+        work.write_text(HEADER + text, encoding="utf-8")
         for command in commands:
             try:
                 main(parse_arguments(["--work", str(work), *command]))
@@ -232,10 +266,21 @@ class Work:
 def test_in_the_real_program_the_solution_gives_the_same_and_a_mistake_parts(number, capsys):
     exercise = EXERCISES[number]
     assert try_out(Work(exercise.solution), number)
-    assert "in the program gives the same" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "in the program gives the same" in said and re.search(r": the same, all \d+:", said)
+    assert said.splitlines()[1].startswith("    both runs: ")
     edits = next(mistake.edits for mistake in exercise.mistakes if mistake.name == PARTS[number])
     assert not try_out(Work(variant(exercise, edits)), number)
     assert "they part at number" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number, runs", [
+    (1, "python generate.py --problem 1 --slot-steps 3 --slot-lr 0.01"),
+    (9, "python generate.py --problem 12 --slot-steps 5 --slot-lr 0.1"),
+    (13, "three held-out problems (common, rare, unseen) in one padded batch, 5 steps at lr 0.1")])
+def test_try_says_which_prompt_steps_and_lr_both_runs_have(number, runs, capsys):
+    try_out(Work(EXERCISES[number].solution), number)
+    assert f"both runs: {runs}\n" in capsys.readouterr().out
 
 
 def test_try_leaves_the_program_as_it_was():
@@ -259,7 +304,13 @@ def test_try_of_a_stub_and_of_an_error_give_one_line():
     def optimize_delta(*_):
         return 1 / 0
 
-    with pytest.raises(ValueError, match="the program stopped: ZeroDivisionError"):
+    with pytest.raises(ValueError, match="the program stopped; run check 10 first: ZeroDivisionError"):
         try_out(Work(optimize_delta), 10)
+
+    def prompt_loss(logits, tokens, mask):                      # one number for the whole batch
+        return logits.mean()
+
+    with pytest.raises(ValueError, match="the program stopped; run check 9 first: IndexError"):
+        try_out(Work(prompt_loss), 9)
     with pytest.raises(ValueError, match="work.py has no rms_norm"):
         try_out(Work(optimize_delta), 1)
