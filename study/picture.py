@@ -50,50 +50,49 @@ class Picture:
         return [[self.word(id), each] for each, id in zip(p.tolist(), ids.tolist())]
 
     def read(self, hidden, came, biases):
-        """hidden (n, d) before tokens (n,); biases (K, V) on the logits -> losses [K][n], the three
-        likeliest tokens [K][n], and the mean probability of every token (K, V)."""
-        losses, tops, means = [[] for _ in biases], [[] for _ in biases], torch.zeros_like(biases)
+        """hidden (n, d) before tokens (n,), biases (K, V) -> losses, three likeliest: [K][n]."""
+        losses, tops = [[] for _ in biases], [[] for _ in biases]
         rows, came = 1 + (1 << 24) // biases.shape[1], torch.tensor(came, device=biases.device)
         for h, x in zip(hidden.split(rows), came[:, None].split(rows)):
             Wh = self.lm.lm_head(h).float()                                         # (rows, V)
             for k, bias in enumerate(biases):
                 log_p = slot.steer(Wh, bias).log_softmax(-1)
                 losses[k] += (-log_p.gather(1, x)[:, 0]).tolist()
-                means[k] += log_p.exp_().sum(0) / max(1, len(came))     # log_p has become p
-                tops[k] += map(self.likeliest, *log_p.topk(3))
-        return losses, tops, means
+                tops[k] += map(self.likeliest, *log_p.exp_().topk(3))   # log_p has become p
+        return losses, tops
 
     @torch.no_grad()
     def data(self):
-        """What the page shows. The first bias is none, the last is the control's."""
         args, lm, tokens, count = self.args, self.lm, self.tokens, len(self.deltas)
         steps = sorted({0, *range(count, 0, -(-(-count // 20)))})           # at most 20, and none
-        deltas = torch.cat([self.deltas[step - 1] for step in steps[1:]])
-        W_deltas = lm.lm_head(deltas.to(lm.lm_head.weight.dtype))[:, 0].float()
-        control = unigram(tokens, like=W_deltas[-1])
-        biases = torch.stack([torch.zeros_like(control), *W_deltas, control])
-        losses, tops, means = self.read(self.hidden[:-1], tokens[1:], biases)
-        _, _, at_next = self.read(self.hidden[-1:], tokens[:1], biases)
+        deltas = torch.cat([(step > 0) * self.deltas[step - 1] for step in steps])
+        biases = lm.lm_head(deltas.to(lm.lm_head.weight.dtype))[:, 0].float()       # (K, V)
+        losses, tops = self.read(self.hidden[:-1], tokens[1:], biases)
         room, unseen, shifts = lm.config.max_position_embeddings - len(tokens), [], []
         if answer := self.tokenizer.encode(args.reference or "")[:room]:
             hidden, _ = slot.prefill(lm, tokens + answer, 0)
-            unseen, _, _ = self.read(hidden[0, len(tokens) - 1:-1], answer, biases)
-        for p, k in (means, -2), (means, -1), (at_next, -2), (at_next, -1):
-            change = (p[k] - p[0]) / (p[-2] - p[0]).abs().max().clamp(min=0.01)
-            order = change.argsort(descending=True)[[*range(6), *range(-6, 0)]]
-            columns = [column[order].tolist() for column in (change, p[0], p[k])]
-            shifts.append(list(zip(map(self.word, order.tolist()), *columns)))
+            unseen, _ = self.read(hidden[0, len(tokens) - 1:-1], answer, biases)
+        learned = biases[-1], unigram(tokens, like=biases[-1])
+        some = self.hidden[::max(1, len(tokens) // 32)]             # as in generate.probabilities
+        for Wh in (lm.lm_head(hidden).float() for hidden in (some, self.hidden[-1:])):
+            p = torch.stack([Wh, *(slot.steer(Wh, bias) for bias in learned)]).softmax(-1).mean(1)
+            most = (p - p[0]).abs().max().clamp(min=0.01)
+            for change in p[1:] - p[0]:
+                order = change.argsort(descending=True)[[*range(6), *range(-6, 0)]]
+                order = order[(change.abs() > (p[0] / 1000).clamp(min=1e-5))[order]]    # it shows
+                rows = torch.stack([change / most, p[0], p[0] + change])[:, order].T.tolist()
+                shifts.append([[self.word(id), *row] for id, row in zip(order.tolist(), rows)])
         same = [os.path.commonprefix([tokens[::way], self.template_ids[::way]]) for way in (1, -1)]
         how = "a kept δ" if args.delta else f"{args.slot_steps} steps at rate {args.slot_lr:g}"
         size = self.hidden.float().norm(dim=1).mean()
-        before, after = torch.tensor(losses)[[0, -2]].mean(1)
+        loss = "loss {:.4f} → {:.4f}".format(*torch.tensor(losses)[[0, -1]].mean(1))
         return dict(
-            facts=f"{repr(Path(args.model).name)[1:-1]}: {len(tokens)} tokens; {how}, "
-                  f"{self.seconds:.2f} s; loss {before:.4f} → {after:.4f}; "
-                  f"|δ| {deltas[-1].norm():.2f} beside a mean |h| of {size:.2f}",
+            facts=f"{repr(Path(args.model).name)[1:-1]}: {len(tokens)}-token prompt; {how}, "
+                  f"{self.seconds:.2f} s; {loss if losses[0] else 'nothing to guess'}; |δ| "
+                  f"{deltas[-1].norm():.2f} beside a mean |h| of {size:.2f}",
             prompt=[self.word(id) for id in tokens], template=[len(same[0]), len(same[1])],
-            steps=[step * (args.slot_steps or 1) // count for step in steps], losses=losses[:-1],
-            unseen=unseen[:-1], tops=tops[:-1], shifts=shifts, answers=self.answers)
+            steps=[step * (args.slot_steps or 1) // count for step in steps], losses=losses,
+            unseen=unseen, tops=tops, shifts=shifts, answers=self.answers)
 
     def write(self):
         data = json.loads(json.dumps(self.data()), parse_float=lambda x: round(float(x), 5))

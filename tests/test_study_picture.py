@@ -12,6 +12,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import generate
 import slot
 from checks.options import parse_arguments
 from hostile import ROOT, build, command, write
-from load_weights import load_model
+from load_weights import load_model, read_safetensors
 from study.measure import unigram
 from study.picture import Picture
 from tokenizer import load_tokenizer
@@ -98,22 +99,76 @@ def test_likeliest_tokens(page, run):
 
 @torch.no_grad()
 def test_what_delta_and_the_control_promote(page, run):
+    """Averages over the positions that the command averages over, and at the first new one; a bar's length is a share of the
+    largest change in both columns."""
     lm, tokenizer, ids, hidden, deltas, _ = run
     plain = lm.lm_head(hidden)[0]                                           # (T, V)
     learned = lm.lm_head(deltas[-1])[0, 0]
     control = unigram(ids, like=learned)
-    ways = [(rows, bias) for rows in (slice(None, -1), slice(-1, None)) for bias in (learned, control)]
-    for shifts, (rows, bias) in zip(page["shifts"], ways, strict=True):
+    for place, rows in enumerate((slice(None, None, max(1, len(ids) // 32)), slice(-1, None))):
         before = plain[rows].softmax(-1).mean(0)
-        after, most = (plain[rows] + bias).softmax(-1).mean(0), (plain[rows] + learned).softmax(-1).mean(0)
-        order = (after - before).argsort(descending=True).tolist()
-        assert [word for word, *_ in shifts][:3] == [tokenizer.decode([id]) for id in order[:3]]
-        assert shifts[-1][0] == tokenizer.decode(order[-1:])
-        for (_, length, *numbers), id in zip(shifts[:2] + shifts[-1:], order[:2] + order[-1:]):
-            near(numbers, [before[id].item(), after[id].item()])
-            size = max(0.01, (most - before).abs().max().item())
-            near(length, (after - before)[id].item() / size)
-    assert page["shifts"][0] != page["shifts"][1]
+        after = [(plain[rows] + bias).softmax(-1).mean(0) for bias in (learned, control)]
+        most = max(0.01, *((p - before).abs().max().item() for p in after))
+        for shifts, p in zip(page["shifts"][2 * place:], after):
+            order = (p - before).argsort(descending=True).tolist()
+            ends = [id for id in order[:6] + order[-6:] if abs(p[id] - before[id]) >= max(1e-5, before[id] / 1000)]
+            assert [word for word, *_ in shifts] == [tokenizer.decode([id]) for id in ends]
+            for (_, length, *numbers), id in zip(shifts, ends):
+                near(numbers, [before[id].item(), p[id].item()])
+                near(length, (p - before)[id].item() / most)
+                assert abs(length) <= 1
+    assert len(page["shifts"]) == 4 and page["shifts"][0] != page["shifts"][1]
+
+
+def test_the_terminal_and_the_page_say_the_same(tmp_path, capsys):
+    """'9' 1.1% -> 4.9%: there as here."""
+    _, data = page_of(tmp_path / "page.html")
+    said = capsys.readouterr().err
+    for what, rows in (("more", data["shifts"][0][:6]), ("less", data["shifts"][0][:-7:-1])):
+        line = re.search(f"{what} likely  (.*)", said)[1].split("  ")
+        assert line == [f"{word!r} {before:.1%} → {after:.1%}" for word, _, before, after in rows]
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_averaged_as_the_command_does(roomy, tmp_path):
+    """Of many positions generate.probabilities takes some; the page takes the same."""
+    path = tmp_path / "delta.safetensors"
+    _, data = page_of(tmp_path / "page.html", "a b c d e f g " * 30, "--model", roomy, "--max-new-tokens", 1, "--save-delta", path)
+    lm, tokenizer = load_model(roomy), load_tokenizer(roomy)
+    ids = tokenizer.chat_ids([{"role": "user", "content": "a b c d e f g " * 30}])
+    assert len(ids) > 200
+    before, after = generate.probabilities(lm, slot.prefill(lm, ids, 0)[0], read_safetensors(path)["delta"])
+    order = (after - before).argsort(descending=True)[:3]
+    for (_, _, *numbers), id in zip(data["shifts"][0], order):
+        near(numbers, [before[id].item(), after[id].item()])
+
+
+class Head:
+    """A model whose logits are given: the last layer's output is the logits."""
+    def __init__(self, size):
+        self.lm_head = torch.nn.Identity()
+        self.lm_head.weight = torch.zeros(size)
+        self.config = SimpleNamespace(max_position_embeddings=99)
+
+
+def shifts_of(hidden, delta, tokens=(0, 1)):
+    tokenizer = SimpleNamespace(encode=lambda text: [], bytes_of=lambda id: bytes([65 + id]))
+    args = SimpleNamespace(reference=None, delta=None, slot_steps=1, slot_lr=0.1, model="m")
+    picture = Picture(args, Head(hidden.shape[1]), tokenizer, [], None, None)
+    picture.hidden, picture.tokens, picture.seconds, picture.deltas = hidden, list(tokens), 0, [delta[None, None]]
+    return picture.data()["shifts"]
+
+
+def test_tokens_that_do_not_move_are_left_out():
+    """One token rises by all that two others lose; the rest keep their nothing, and are not called risers."""
+    hidden, delta = torch.full((2, 20), -30.0), torch.zeros(20)
+    hidden[:, :3] = torch.tensor([0.0, 1.0, 1.0])
+    delta[0] = 3.0
+    words = [word for word, *_ in shifts_of(hidden, delta)[0]]
+    assert words[0] == "A" and sorted(words[1:]) == ["B", "C"]
+    assert shifts_of(hidden, torch.zeros(20))[0] == []
+    hidden[:, 0] = 12.0                                     # 99.998 % and more: 100 % -> 100 % is no news
+    assert "A" not in [word for word, *_ in shifts_of(hidden, delta)[0]]
 
 
 def test_the_loss_of_the_reference_answer(page, run):
@@ -143,7 +198,7 @@ def test_both_answers_and_their_probabilities(page, run):
 def test_the_head(page, run):
     _, _, ids, hidden, deltas, reported = run
     name, count, how, seconds, losses, sizes = re.split("[:;,] ", page["facts"], maxsplit=5)
-    assert (name, count, how) == ("tiny", f"{len(ids)} tokens", "5 steps at rate 0.1")
+    assert (name, count, how) == ("tiny", f"{len(ids)}-token prompt", "5 steps at rate 0.1")
     assert 0 <= float(seconds.split()[0].rstrip(";")) < 60
     assert losses == f"loss {reported[0]:.4f} → {reported[-1]:.4f}"
     norms = deltas[-1].norm().item(), hidden[0].norm(dim=-1).mean().item()
@@ -250,7 +305,8 @@ def test_a_reference_needs_a_page():
 
 def test_a_prompt_of_one_token(tmp_path):
     _, data = page_of(tmp_path / "page.html", "--raw", "a", "--max-new-tokens", "3")
-    assert data["losses"][0] == [] and len(data["prompt"]) == 1
+    assert data["losses"][0] == [] and len(data["prompt"]) == 1 and data["shifts"] == [[]] * 4
+    assert "1-token prompt" in data["facts"] and "nothing to guess" in data["facts"] and "nan" not in data["facts"]
 
 
 # ---- whatever the prompt holds ---------------------------------------------------------------------
@@ -466,10 +522,55 @@ class TestBrowser:
         tags = browser.run("return [...document.querySelectorAll('#prompt > *')].map(node => node.localName)")
         begin, end = data["template"]
         assert tags == ["i"] * begin + ["span"] * (len(tags) - begin - end) + ["i"] * end
-        assert re.search(r"clearly more, \d+ less. The answers part at token 2: plain “bike Lucy [^”]*…”, with δ “scooter Lucy [^”]*…”",
-                         browser.text("#here").replace("\u2068", "").replace("\u2069", ""))
-        assert browser.run("return document.querySelectorAll('svg').length") == 2
+        here = browser.text("#here").replace("\u2068", "").replace("\u2069", "")
+        ratios = [math.exp(before - after) for before, after in zip(data["losses"][0], data["losses"][-1])]
+        more, less = sum(ratio >= 1.1 for ratio in ratios), sum(ratio <= 0.9 for ratio in ratios)
+        assert all(f"{mark}: {what}" in browser.text("body") for mark, what in (("↵", "line break"), ("␣", "space"), ("⟨U+0009⟩", "tab")))
+        assert here.startswith(f"With δ, {more} of the {len(ratios)} tokens here are likelier by a tenth or more, {less} less")
+        assert re.search(r"The answers part at answer token 2: plain “bike Lucy [^”]*…” \((.*) %\), with δ “scooter Lucy [^”]*…” \((.*) %\)",
+                         here).groups() == tuple(f"{100 * answer[1][1]:.1f}" for answer in data["answers"])
         assert len(browser.run("return performance.getEntriesByType('resource')")) == 0        # nothing was loaded
+
+    def test_the_curves_are_on_one_scale(self, browser, default_page):
+        """What both have in height is the share of the first loss: the prompt's falls by two fifths, the answer's hardly."""
+        path, data = default_page
+        browser.open(path)
+        lines = browser.run("return [...document.querySelectorAll('#curves svg path:first-of-type')].map(node => node.getAttribute('d'))")
+        assert len(lines) == 2
+        captions = browser.text("#curves")
+        means = [[sum(step) / len(step) for step in data[which]] for which in ("losses", "unseen")]
+        shares = [[loss / losses[0] for loss in losses] for losses in means]
+        low, high = min(map(min, shares)), max(map(max, shares))
+        for line, losses, share in zip(lines, means, shares, strict=True):
+            heights = [float(point.split(",")[1]) for point in line[1:].split("L")]
+            assert heights == pytest.approx([100 * (high - x) / (high - low) for x in share], abs=1e-3)
+            change = f"{100 * share[-1] - 100:+.1f}".replace("-", "−")
+            assert (f"{losses[0]:.4f} → {losses[-1]:.4f} ({change} %), lowest after step {data['steps'][losses.index(min(losses))]}"
+                    in captions)
+        assert "The prompt, which δ sees" in captions and "The reference answer, which δ never sees" in captions
+
+    def test_bars_do_not_clip(self, browser, default_page):
+        """The longest of δ's and the control's is whole, all others in proportion."""
+        path, data = default_page
+        browser.open(path)
+        bars = browser.run("return [...document.querySelectorAll('#shifts .bar')].map(node => parseFloat(node.style.getPropertyValue('--much')))")
+        assert bars == pytest.approx([100 * abs(length) for rows in data["shifts"] for _, length, *_ in rows], abs=1e-3)
+        averaged = bars[:len(data["shifts"][0]) + len(data["shifts"][1])]
+        assert max(averaged) == 100 and averaged.count(100) == 1
+        titles = browser.text("#shifts")
+        for name in ("δ", "Control: word counts, nothing learned"):
+            assert f"{name}\naveraged over the prompt" in titles and f"{name}\nfirst token of the answer" in titles
+
+    def test_a_prompt_of_one_token(self, browser, tmp_path):
+        """It is said in words that there is nothing to guess, not in NaN and 0 of 0."""
+        page_of(tmp_path / "page.html", "--raw", "a", "--max-new-tokens", 3)
+        browser.open(tmp_path / "page.html")
+        shown = browser.text("body")
+        assert "One token teaches δ nothing. The answers agree" in shown and shown.count("no token moves") == 4
+        assert "nan" not in shown.lower() and "of the 0" not in shown and browser.messages() == []
+        page_of(tmp_path / "page.html", "--raw", "a", "--max-new-tokens", 3, "--reference", "19")
+        browser.open(tmp_path / "page.html")
+        assert browser.text("#curves").count("→") == 1 and "NaN" not in browser.text("body") and browser.messages() == []
 
     def test_the_policy_holds(self, browser, default_page):
         """What a stranger's text could try if it ever got into the page: the policy lets none of it run or load."""
@@ -526,7 +627,9 @@ class TestBrowser:
                 assert word.replace(" ", "␣").replace("\n", "↵") in card
         assert data["prompt"][3] in card and card.count("%") == 2 + 6
         browser.run("document.getElementById('step').focus()")
-        browser.press(TAB, RIGHT, RIGHT, LEFT)                      # to the first token, and on to the second
+        browser.press(TAB)                                          # to the first token
+        assert browser.text("#card") == "First token: nothing before it to guess from."
+        browser.press(RIGHT, RIGHT, LEFT)                           # on to the second
         assert browser.run("return [...document.querySelector('#prompt').children].indexOf(document.activeElement)") == 1
         assert data["prompt"][1] in browser.text("#card")
         browser.press(TAB)                                          # the answers, each one stop
@@ -549,7 +652,7 @@ class TestBrowser:
         gaps = [top[0][1] - top[1][1] for *_, top in steered]
         place = gaps.index(min(gaps))
         browser.open(tmp_path / "page.html")
-        assert f"agree, least surely at token {place + 1}" in browser.text("#here")
+        assert f"agree, least surely at answer token {place + 1}: plain" in browser.text("#here")
         marked = browser.run("return [...document.querySelectorAll('.fork')].map(node => node.textContent)")
         assert marked == [steered[place][0].replace("\n", "↵\n")] * 2 and browser.messages() == []
 
@@ -637,6 +740,11 @@ class TestBrowser:
         browser.open(default_page[0], type="print", prefers_color_scheme="light")
         assert browser.run("return getComputedStyle(document.getElementById('card')).display") == "none"
         assert browser.run("return getComputedStyle(document.body).printColorAdjust") == "exact"
+        boxes = "return [...document.querySelectorAll('#curves > *, #answers > *')].map(node => getComputedStyle(node).breakInside)"
+        assert browser.run(boxes) == ["avoid"] * 6                          # a title stays with what is below it
+        assert browser.run("return getComputedStyle(document.querySelector('h2')).breakAfter") == "avoid"
+        browser.open(default_page[0], width=686, type="print")              # what A4 leaves within its margins
+        assert browser.run("return getComputedStyle(document.querySelector('#shifts')).gridTemplateColumns").count("px") == 2
         browser.open(default_page[0], prefers_color_scheme="dark")
         printed = browser.devtools("Page.printToPDF", printBackground=True)["data"]
         assert len(printed) > 20_000
