@@ -324,7 +324,7 @@ def time_table(rows, points):
 # ---- the whole
 
 def write(args, rows, notes):
-    """DIR/summary.md, and the plot if matplotlib is there -> what to say about them."""
+    """DIR/summary.md and DIR/plot.svg -> what to say about them."""
     tables, sections = tables_of(rows), {}
     if args.split:                                          # every other sample, for `chosen`
         held = {sample for table in tables.values() for sample in table.samples[1::2]}

@@ -1,5 +1,6 @@
 """study/report.py on results whose statistics are known."""
-import sys
+import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -98,22 +99,86 @@ def test_split_chooses_on_one_half_and_reports_the_other(tmp_path):
     assert "| lr 0.1, 1 step | **100.0 [83.9, 100.0]** |" in text               # the tune half
 
 
-def test_without_matplotlib_the_summary_still_comes(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    said = report.write(arguments(tmp_path), rows_for_report(), [])
-    assert said.startswith(str(tmp_path / "summary.md")) and "no plot: matplotlib is not installed" in said
-    assert (tmp_path / "summary.md").exists() and not (tmp_path / "plot.svg").exists()
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(tmp_path, rows, *more):
+    """-> the plot as XML, and {title of a panel: its element}."""
+    args = arguments(tmp_path, *more)
+    assert report.write(args, rows, []) == f"{tmp_path / 'summary.md'}, plot.svg"
+    root = ElementTree.parse(tmp_path / "plot.svg").getroot()
+    return root, {group.find(f"{SVG}text").text: group for group in root.findall(f"{SVG}g") if group.find(f"{SVG}text") is not None}
+
+
+def heights(panel):
+    """Of every curve of a panel [(low, middle, high), ...] in its own units, read off its pixels by its ticks."""
+    ticks = [(float(node.text.replace("−", "-")), float(node.get("y"))) for node in panel.findall(f"{SVG}text") if node.get("text-anchor") == "end"]
+    (first, y), (last, z) = ticks[0], ticks[-1]
+    value = lambda pixel: first + (last - first) * (float(pixel) + 5 - y) / (z - y)
+    curves = []
+    for curve in panel.findall(f"{SVG}g"):
+        *_, marks = curve.iter(f"{SVG}g")
+        bars, dots = list(marks)[::2], list(marks)[1::2]
+        points = [re.fullmatch(r"M[\d.]+ ([\d.]+)V([\d.]+)m-3 0h6M[\d.]+ ([\d.]+)h6", bar.get("d")) for bar in bars]
+        middles = [re.search(r"translate\(\S+ ([\d.]+)\)", dot.get("transform"))[1] for dot in dots]
+        assert all(point[1] == point[3] for point in points)
+        line = re.findall(r"[ML][\d.]+ ([\d.]+)", curve.find(f"{SVG}path").get("d"))
+        assert line == middles                              # the line goes through the markers
+        curves.append([(value(point[1]), value(middle), value(point[2])) for point, middle in zip(points, middles)])
+    return curves
 
 
 @pytest.mark.parametrize("more", [[], ["--only", "loss"]])
 def test_plot(tmp_path, more):
-    pytest.importorskip("matplotlib")
-    args = arguments(tmp_path, *more)
-    report.write(args, rows_for_report(), [])
+    """What is drawn is what was found: 10 and 30 of 40 right, a loss lower by 0.2, and their intervals."""
+    root, panels = drawn(tmp_path, rows_for_report(), *more)
+    titles = ["right answers, %", "held-out answer: change of loss, nats/token"]
+    assert list(panels) == titles[len(more) // 2:]
+    table = report.tables_of(rows_for_report())["k"]
+    (plain, slot), = heights(panels[titles[1]])
+    mean, low, high = table.change("answer_loss", "slot 5 0.1")
+    assert plain == pytest.approx((0, 0, 0), abs=1e-4) and slot == pytest.approx((low, mean, high), abs=1e-3)
+    assert "loss of the plain model: k 1.488" in [node.text for node in panels[titles[1]].iter(f"{SVG}text")]
+    if not more:
+        (plain, slot), = heights(panels[titles[0]])
+        for point, right in ((plain, 10), (slot, 30)):
+            low, high = wilson(right, 40)
+            assert point == pytest.approx((100 * low, 100 * right / 40, 100 * high), abs=0.1)
+    background = root[0]                                    # white, so that it reads on a dark page
+    assert background.tag == f"{SVG}rect" and background.get("fill") == "white"
+    assert [background.get("width"), background.get("height")] == root.get("viewBox").split()[2:]
     svg = (tmp_path / "plot.svg").read_bytes()
-    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and b"<svg" in svg
-    assert report.write(args, rows_for_report(), []).endswith("plot.svg, plot.png")
-    assert (tmp_path / "plot.svg").read_bytes() == svg                      # the same results, the same file
+    report.write(arguments(tmp_path, *more), rows_for_report(), [])
+    assert (tmp_path / "plot.svg").read_bytes() == svg      # the same results, the same file
+
+
+def test_plot_tells_kinds_and_rates_apart(tmp_path):
+    """A colour a kind, a line and a marker a rate, all in the legend; what a kind is called is text."""
+    names = ["plain", *(f"slot {steps} {lr}" for steps in (1, 5) for lr in (0.01, 0.1))]
+    rows = []
+    for kind in ("a", "<b> & c"):
+        rows += [row | dict(sample=row["sample"] + 100 * (kind != "a")) for row in made_up(
+            {n: lambda i: i < 10 for n in names}, {n: lambda i: 1.0 for n in names}, kind=kind, settings=names)]
+    args = parse_arguments(["--points", "1:0.01,5:0.01,1:0.1,5:0.1", "--control", "none", "--out", str(tmp_path)])
+    report.write(args, rows, [])
+    root = ElementTree.parse(tmp_path / "plot.svg").getroot()
+    words = [node.text for node in root.findall(f"{SVG}text")]
+    assert words == [f"{kind}, lr {lr}" for kind in ("a", "<b> & c") for lr in (0.01, 0.1)]
+    looks = [(group.get("stroke"), group.get("stroke-dasharray"), group[1].get("d")) for group in root.findall(f"{SVG}g") if "stroke" in group.attrib]
+    assert len(looks) == 4 and [len(set(seen)) for seen in zip(*looks)] == [2, 2, 2]
+    assert looks[0][1:] == looks[2][1:]                     # 0.01, whatever the kind
+    for panel in [group for group in root.findall(f"{SVG}g") if "stroke" not in group.attrib]:
+        curves = panel.findall(f"{SVG}g")
+        assert [(curve.get("stroke"), curve.get("stroke-dasharray"), curve[1][1].get("d")) for curve in curves] == looks
+        assert [len(curve[1]) for curve in curves] == [2 * 3] * 4
+        assert [node.text for node in panel.findall(f"{SVG}text") if node.get("text-anchor") == "middle"][:3] == ["0", "1", "5"]
+
+
+def test_no_plot_of_the_plain_model_alone(tmp_path):
+    rows = [row for row in rows_for_report() if row["setting"] == "plain"]
+    args = parse_arguments(["--steps", "0", "--control", "none", "--out", str(tmp_path)])
+    assert not args.points and report.write(args, rows, []) == str(tmp_path / "summary.md")
+    assert not (tmp_path / "plot.svg").exists()
 
 
 def gsm8k_arguments(tmp_path):
