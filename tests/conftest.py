@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("PYTEST_ADDOPTS", None)          # meant for this run, not for those that tests start
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
