@@ -49,6 +49,14 @@ def parts(x, W, b):
     return y if b is None else y + b
 
 
+def vector(x, W, b):
+    """One row as a vector, for which torch has another kernel."""
+    if len(x) > 1:
+        return F.linear(x, W, b)
+    y = torch.mv(W, x[0])[None]
+    return y if b is None else y + b
+
+
 def float32(x, W, b):
     """16 bits multiplied in float32, a block of W at a time: its copy stays in the cache."""
     out = x.new_empty(len(x), len(W))
@@ -71,8 +79,9 @@ def summed(r, W):
     return y + r[most:].float() @ W[most:].float()
 
 
-WAYS = {torch.float32: (plain, onednn, parts), torch.bfloat16: (plain, native, float32),
-        torch.float16: (plain, native, float32)}
+WAYS = {torch.float32: (plain, onednn, parts, vector),
+        torch.bfloat16: (plain, native, vector, float32),
+        torch.float16: (plain, native, vector, float32)}
 
 
 def fastest(ways, call, rounds=3):
@@ -103,7 +112,7 @@ def use(lm):
         torch.set_num_threads(1)                        # done before a second thread has begun
     if not head.is_cpu or forced == "plain" or (head.numel() < SMALL and not forced):
         return "plain"
-    part = head[:max(SMALL // head.shape[1], 1) * 8]    # enough of the head to tell
+    part = head[:max(SMALL // head.shape[1], 1) * 16]   # more of the head than a cache holds
     for rows, size in zip(MEASURED, CLASSES):
         sample = part if rows == 1 else matrix
         x = torch.randn(rows, sample.shape[1]).to(dtype)

@@ -175,7 +175,7 @@ def test_models_in_float32(name, way, monkeypatch):
         assert list(generate(lm, tokens, len(new))) == new
 
 
-@pytest.mark.parametrize("way", ["plain", "native", "float32"])
+@pytest.mark.parametrize("way", ["plain", "native", "vector", "float32"])
 @pytest.mark.parametrize("name", HALF)
 @torch.no_grad()
 def test_models_in_16_bits(name, way, monkeypatch):
