@@ -10,6 +10,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTEST_ADDOPTS", None)          # meant for this run, not for those that tests start
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# A suite in the background ignores these two, and so would all that its tests start.
+for number in (getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
 
 
 class Hang(BaseException):
