@@ -40,8 +40,8 @@ def plot(args, tables):
                  f'<path d="{marker}" stroke-dasharray="none" /></g>',
                  text(x + 32, y + 5, f"{kind}, lr {lr!r}")]
     width, height = PANEL * len(panels), y + 24
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-            'font-family="sans-serif" font-size="16" fill="#222">')
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" font-family="sans-serif" font-size="16" fill="#222">')
     paper = f'<rect width="{width}" height="{height}" fill="white" />'      # also on a dark page
     write_whole(args.out / "plot.svg", "\n".join([head, paper, *body, "</svg>\n"]).encode())
     return ", plot.svg"
