@@ -103,7 +103,7 @@ def fastest(ways, call, rounds=3):
 @torch.no_grad()
 def use(lm):
     """Swap the products of lm's nn.Linear for this machine's fastest; same values up to rounding.
-    -> their names, for the statistics line. Takes some 0.2 s for a model of 0.5 B parameters,
+    -> their names, for the statistics line. Takes 0.2 to 0.3 s for a model of 0.5 B parameters,
     nothing for a small one or on a GPU."""
     head, matrix = lm.lm_head.weight, lm.model.layers[0].mlp.gate_proj.weight
     forced, dtype = os.environ.get("SLOT_PRODUCTS"), head.dtype
@@ -112,7 +112,7 @@ def use(lm):
         torch.set_num_threads(1)                        # done before a second thread has begun
     if not head.is_cpu or forced == "plain" or (head.numel() < SMALL and not forced):
         return "plain"
-    part = head[:max(SMALL // head.shape[1], 1) * 16]   # more of the head than a cache holds
+    part = head[:max(SMALL // head.shape[1], 1) * 16]   # more than a core's own cache holds
     for rows, size in zip(MEASURED, CLASSES):
         sample = part if rows == 1 else matrix
         x = torch.randn(rows, sample.shape[1]).to(dtype)

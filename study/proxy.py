@@ -5,6 +5,7 @@
 DIR holds the results of a decoded run, with plain answers. For every sample: the cosine of the
 prompt's gradient at δ = 0 and of the gradient on the model's own plain answer, up to the end of its
 first sentence. Does it tell, as the cosine with the reference answer does, which samples gain?
+For runs without --shots.
 """
 import re
 import sys
@@ -33,17 +34,18 @@ import torch
 import torch.nn.functional as F
 
 import slot
-from load_weights import load_model
+from load_weights import find_model, load_model
 from study.measure import Text
 from study.report import interval, markdown
 from study.stats import bootstrap_rank
-from study.tasks import TASKS
+from study.tasks import TASKS, messages
 from tokenizer import load_tokenizer
 
 
 def first_sentence(text):
-    end = SENTENCE.search(text.strip())
-    return text.strip()[:end.end()] if end else text.strip()
+    text = text.strip()
+    end = SENTENCE.search(text)
+    return text[:end.end()] if end else text
 
 
 @torch.no_grad()
@@ -65,18 +67,17 @@ def main(args):
     plain = found.get("plain", {})
     if not plain or "answer" not in next(iter(plain.values())):
         raise ValueError(f"{path}: holds no plain answers; take the folder of a run that decoded")
-    lm, tokenizer = load_model(args.model, dtype=args.dtype), load_tokenizer(args.model)
+    folder = find_model(args.model)
+    lm, tokenizer = load_model(folder, dtype=args.dtype), load_tokenizer(folder)
     task = TASKS.get(next(iter(plain.values()))["kind"], {})            # tiny has no system text
 
     # the cosine with what the model itself would say first
     own = {}
     for sample, row in sorted(plain.items()):
-        messages = [{"role": "user", "content": row["prompt"]}]
-        if task.get("system"):
-            messages.insert(0, {"role": "system", "content": task["system"]})
+        ids = tokenizer.chat_ids(messages(task.get("system"), [], row["prompt"]))
         answer = tokenizer.encode(first_sentence(row["answer"]))[:MOST]
         if answer:
-            own[sample] = cosine(lm, tokenizer.chat_ids(messages), answer)
+            own[sample] = cosine(lm, ids, answer)
         if sys.stderr.isatty():
             print(f"\r{len(own)} of {len(plain)} samples", end="", file=sys.stderr, flush=True)
 

@@ -39,14 +39,21 @@ class Table:
     def mean(self, setting, key):
         return float(self[setting, key].mean())
 
+    def changes(self, key, a, b="plain"):
+        """a - b of every sample."""
+        return self[a, key] - self[b, key]
+
     def change(self, key, a, b="plain"):
         """(mean, low, high) of a - b."""
-        return bootstrap_mean(self[a, key] - self[b, key])
+        return bootstrap_mean(self.changes(key, a, b))
 
     def flips(self, a, b="plain", key="strict"):
         """(fixed, broken): right in a and wrong in b, and the reverse; `key` says what is right."""
-        difference = self[a, key] - self[b, key]
-        return int((difference > 0).sum()), int((difference < 0).sum())
+        return fixed_and_broken(self.changes(key, a, b))
+
+
+def fixed_and_broken(changes):
+    return int((changes > 0).sum()), int((changes < 0).sum())
 
 
 def tables_of(rows):
@@ -72,10 +79,10 @@ def reached(table, point, key, args):
     return " ".join(sorted(letters))
 
 
-def holm_of(tables, points):
+def holm_of(tables, points, key="strict"):
     """{(table, point): (p, corrected p)}, one family over all; {} without answers."""
     tests = [(table, point) for table in tables.values() for point in points if table.decoded]
-    p = [sign_test(*table.flips(name("slot", point))) for table, point in tests]
+    p = [sign_test(*table.flips(name("slot", point), key=key)) for table, point in tests]
     return dict(zip(tests, zip(p, holm(p))))
 
 
@@ -196,8 +203,7 @@ def control_table(tables, args):
 
 def why_table(tables, args):
     def share(table, point):
-        changes = [table[name(what, point), "prompt_loss"] - table["plain", "prompt_loss"]
-                   for what in ("unigram", "slot")]
+        changes = [table.changes("prompt_loss", name(what, point)) for what in ("unigram", "slot")]
         return "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * x for x in bootstrap_ratio(*changes)))
     return by_point(tables, args.control_points, {
         "prompt loss, change by SLOT": change_of("prompt_loss", "slot"),
@@ -210,7 +216,7 @@ def why_table(tables, args):
 def alignment_table(tables, args):
     """Does the cosine tell which samples gain? The gain: the answer loss that SLOT takes away."""
     def change(table, point):
-        return table[name("slot", point), "answer_loss"] - table["plain", "answer_loss"]
+        return table.changes("answer_loss", name("slot", point))
 
     def correlation(table, point):
         return interval(bootstrap_rank(table["plain", "alignment"], -change(table, point)))
@@ -229,20 +235,17 @@ def alignment_table(tables, args):
 def verdict_table(tables, args):
     """Is a gain one of format? SLOT against the plain model and against its controls, by what is
     asked of an answer. Holm's correction: over the points, of each verdict by itself."""
-    rows = []
+    families, rows = {key: holm_of(tables, args.points, key) for key in VERDICTS}, []
     for kind, table in tables.items():
         pairs = [(point, "plain") for point in args.points]
         pairs += [(p, name(what, p)) for p in args.control_points for what in args.control]
         for point, other in pairs:
             cells = []
-            for key in VERDICTS:
-                flips = [table.flips(name("slot", p), key=key) for p in args.points]
-                family = holm([sign_test(*pair) for pair in flips])
+            for key, family in families.items():
                 fixed, broken = table.flips(name("slot", point), other, key)
-                text = f"{fixed} / {broken}, p {p_value(sign_test(fixed, broken))}"
+                cells.append(f"{fixed} / {broken}, p {p_value(sign_test(fixed, broken))}")
                 if other == "plain":
-                    text += f", Holm {p_value(family[args.points.index(point)])}"
-                cells.append(text)
+                    cells[-1] += f", Holm {p_value(family[table, point][1])}"
             rows.append([kind, label(point), other, *cells])
     return markdown(["kind", "setting", "against", *VERDICTS.values()], rows, left=3)
 
@@ -250,38 +253,24 @@ def verdict_table(tables, args):
 def only_where(tables, args):
     """SLOT where the alignment is above a threshold, else the plain answer. The threshold: the best
     for the answer loss of every other sample; the figures: of the samples between them."""
-    def gated(table, point):
-        slot, alignment = name("slot", point), table["plain", "alignment"]
-        change = table[slot, "answer_loss"] - table["plain", "answer_loss"]
-        tune, test = slice(0, None, 2), slice(1, None, 2)
-        order = np.argsort(-alignment[tune], kind="stable")
-        sums = np.append(0, np.cumsum(change[tune][order]))         # SLOT for the first 0, 1, ...
-        edges = np.append(np.inf, alignment[tune][order])
-        threshold = edges[sums.argmin()]
-        return alignment[test] >= threshold, threshold, change[test]
-
-    def gate(table, point):
-        on, threshold, _ = gated(table, point)
-        return f"{threshold:+.3f}: {on.sum()} of {len(on)}"
-
-    def loss(table, point):
-        on, _, change = gated(table, point)
-        return interval(bootstrap_mean(np.where(on, change, 0)))
-
-    def all_loss(table, point):
-        return interval(bootstrap_mean(gated(table, point)[2]))
-
-    def flips(table, point):
-        on, _, _ = gated(table, point)
-        change = table[name("slot", point), "strict"] - table["plain", "strict"]
-        change = np.where(on, change[1::2], 0)
-        return f"{(change > 0).sum()} / {(change < 0).sum()}"
-
-    columns = {"threshold: how many get SLOT": gate, "change of the answer loss": loss,
-               "with SLOT for all": all_loss}
-    if all(table.decoded for table in tables.values()):
-        columns["fixed / broken"] = flips
-    return by_point(tables, args.points, columns)
+    head = ["kind", "setting", "threshold: how many get SLOT", "change of the answer loss",
+            "with SLOT for all", "fixed / broken"]
+    rows, decoded = [], all(table.decoded for table in tables.values())
+    for kind, table in tables.items():
+        alignment = table["plain", "alignment"]
+        order = 2 * np.argsort(-alignment[::2], kind="stable")      # of the samples that choose
+        for point in args.points:
+            change = table.changes("answer_loss", name("slot", point))
+            sums = np.append(0, np.cumsum(change[order]))           # SLOT for the first 0, 1, ...
+            threshold = np.append(np.inf, alignment[order])[sums.argmin()]
+            on, rest = alignment[1::2] >= threshold, change[1::2]
+            rows.append([kind, label(point), f"{threshold:+.3f}: {on.sum()} of {len(on)}",
+                         interval(bootstrap_mean(np.where(on, rest, 0))),
+                         interval(bootstrap_mean(rest))])
+            if decoded:
+                right = table.changes("strict", name("slot", point))[1::2]
+                rows[-1].append("{} / {}".format(*fixed_and_broken(np.where(on, right, 0))))
+    return markdown(head if decoded else head[:-1], rows, left=2)
 
 
 def chosen(tables, halves, points):

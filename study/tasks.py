@@ -100,6 +100,15 @@ def text(row, name):
     return row[name]
 
 
+def messages(system, shots, question):
+    """What the chat template gets. system: a text or None; shots: pairs of question and answer."""
+    turns = [("system", system)] if system else []
+    for asked, answer in shots:
+        turns += [("user", asked), ("assistant", answer)]
+    turns.append(("user", question))
+    return [dict(role=role, content=content) for role, content in turns]
+
+
 def tokenized(args, problems, tokenizer, most):
     """-> the problems to ask, with the ids of their prompts, and how many are left out because
     theirs are more than `most`."""
@@ -113,12 +122,7 @@ def tokenized(args, problems, tokenizer, most):
         problems = problems[args.skip:end][:args.limit]
     asked = []
     for p in problems:
-        turns = [("system", p.system)] if p.system else []
-        for question, answer in shots:
-            turns += [("user", question), ("assistant", answer)]
-        turns.append(("user", p.question))
-        ids = tokenizer.chat_ids([dict(role=role, content=content) for role, content in turns])
-        asked.append(p._replace(ids=ids))
+        asked.append(p._replace(ids=tokenizer.chat_ids(messages(p.system, shots, p.question))))
     fit = [p for p in asked if len(p.ids) <= most]
     if not fit:
         raise ValueError(f"no prompt of {args.task} is left that fits in {most} tokens; use "

@@ -44,8 +44,11 @@ def test_with_the_reference_as_answer_it_is_the_alignment(folder, out):
         assert proxy.cosine(lm, ids, answer) == pytest.approx(row["alignment"], abs=1e-4)
 
 
-def test_the_table(folder, out, capsys):
-    proxy.main(proxy.parse_arguments([str(out), "--model", str(folder)]))
+def test_the_table(folder, out, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))         # a name does as well as a folder
+    (tmp_path / "slot-models").mkdir()
+    (tmp_path / "slot-models/toy").symlink_to(folder)
+    proxy.main(proxy.parse_arguments([str(out), "--model", "toy"]))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["slot 1 0.1", "slot 3 0.1"]
     rows = {(row["sample"], row["setting"]): row for row in rows_of(out)}
