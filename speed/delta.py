@@ -27,9 +27,10 @@ KEPT = 0.75             # share of the memory for E; the rest is for work
 
 
 @torch.no_grad()
-def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30):
+def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30, watch=None):
     """Fit δ to one prompt: arguments and results of slot.optimize_delta.
 
+    watch: called with the number of steps taken and δ, which goes on changing, after each of them.
     memory: bytes, a bound on all (n, V) that is kept or made. Where E does not fit, it is kept for
     as many positions as do, and made again in every step for the others. ValueError as there.
     """
@@ -55,6 +56,8 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30):
         if step < steps:                                # the last round only measures
             delta.grad = transposed(r, W)[None, None]
             optimizer.step()
+            if watch:
+                watch(step + 1, delta)
 
     if not b.isfinite().all():
         raise ValueError(f"SLOT: δ leaves {W.dtype}'s range at lr {lr:g}; take a lower one")

@@ -198,7 +198,7 @@ class WholeLogits(torch.autograd.Function):
 # ---- SLOT in closed form
 
 @torch.no_grad()
-def optimize_delta_fast(hidden, tokens, head, steps, lr, memory=1 << 30):
+def optimize_delta_fast(hidden, tokens, head, steps, lr, memory=1 << 30, watch=None):
     """speed.delta.optimize_delta_fast for a `Head`: same arguments, same results, on every rank.
 
     A rank has the columns of its own tokens of z = W(h + δ), nobody has all. Over the ranks go, in
@@ -225,6 +225,8 @@ def optimize_delta_fast(hidden, tokens, head, steps, lr, memory=1 << 30):
         if step < steps:                                        # the last round only measures
             delta.grad = total(transposed(r / max(n, 1), W))[None, None]
             optimizer.step()
+            if watch:
+                watch(step + 1, delta)
 
     if total((~b.isfinite()).sum()) > 0:                        # on whichever rank
         raise ValueError(f"SLOT: δ leaves {W.dtype}'s range at lr {lr:g}; take a lower one")

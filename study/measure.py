@@ -32,7 +32,7 @@ if find_spec("speed"):
     import speed.parallel
 
 KEPT = 1 << 27                              # logits of one text that are kept; blocks of as many
-PIECE = 1 << 19                             # logits judged at once: they stay in the cache
+PIECE = 1 << 20                             # logits judged at once: they stay in the cache
 
 
 class Text:
@@ -111,9 +111,17 @@ class Study:
             ids = self.problems[i].ids
             if i not in self.hiddens:
                 self.hiddens[i], _ = slot.prefill(self.lm, ids, 0)
+            hidden, head = self.hiddens[i].detach(), self.lm.lm_head
             began = time.perf_counter()
-            delta, _ = self.optimize(self.hiddens[i].detach(), ids, self.lm.lm_head, steps, lr)
-            self.fits[i, steps, lr] = delta.detach(), time.perf_counter() - began
+
+            def keep(step, delta):
+                self.fits[i, step, lr] = delta.detach().clone(), time.perf_counter() - began
+
+            if self.args.slot_fast:                 # one fit to the last point passes all others
+                most = max(step for step, rate in self.args.points if rate == lr)
+                self.optimize(hidden, ids, head, most, lr, watch=keep)
+            else:
+                keep(steps, self.optimize(hidden, ids, head, steps, lr)[0])
         return self.fits[i, steps, lr]
 
     @torch.no_grad()
