@@ -58,11 +58,12 @@ def sweep(subject, rates, count, in_child, say):
 def products(subject, count, say):
     """Print ms of every way, and what `linear.use` chose -> a list of rows, for the JSON."""
     lm, found = subject.lm, []
-    ways = linear.WAYS[lm.lm_head.weight.dtype]
+    ways = *linear.WAYS[lm.lm_head.weight.dtype], linear.vector
     names = "".join(f"{way.__name__:>10}" for way in ways)
     print(f"\nproducts of {subject.title}, ms\n{'':<32}{'rows':>6}{names}    chosen   best/chosen")
     for name in ("lm_head", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"):
-        W = lm.get_submodule(name).weight
+        module = lm.get_submodule(name)
+        W, swapped = module.weight, getattr(module.forward, "args", None)
         for rows in ROWS:
             say(f"{subject.title}: {name}, {rows} rows")
             x, spent = torch.randn(rows, W.shape[1]).to(W.dtype), {way: [] for way in ways}
@@ -70,8 +71,7 @@ def products(subject, count, say):
                 for way, times in spent.items():
                     times.append(timed(lambda: way(x, W, None), 0.05))
             ms = {way.__name__: 1e3 * median(times) for way, times in spent.items()}
-            size = next(size for size in linear.CLASSES if rows <= size)
-            chosen = linear.chosen.get((W.dtype, size), linear.plain).__name__
+            chosen = linear.way_of(swapped[1], rows).__name__ if swapped else "plain"
             share = min(ms.values()) / ms[chosen]
             found.append(dict(matrix=name, rows=rows, ms=ms, chosen=chosen, share=share))
             cells = "".join(f"{value:>10.3f}" for value in ms.values())

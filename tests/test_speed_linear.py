@@ -17,27 +17,21 @@ from test_model import load as load_golden
 
 CLOSE = {torch.bfloat16: 0.004, torch.float16: 0.0005, torch.float32: 5e-6}
 SHAPES = [(5, 64), (100, 64), (1024, 64), (2500, 64), (4096, 64), (20001, 64), (16, 4104)]
-EVERY_WAY = [(dtype, way) for dtype, ways in linear.WAYS.items() for way in ways]
+EVERY_WAY = [(dtype, way) for dtype, ways in linear.WAYS.items() for way in (*ways, linear.vector)]
 
 ways = pytest.mark.parametrize("dtype, way", EVERY_WAY, ids=lambda x: getattr(x, "__name__", str(x)[6:]))
 dtypes = pytest.mark.parametrize("dtype", CLOSE, ids=lambda dtype: str(dtype)[6:])
 
 
 @pytest.fixture(autouse=True)
-def choices(monkeypatch):
-    """What a test measures or forces ends with it."""
-    monkeypatch.setattr(linear, "chosen", {})
+def no_choice_from_outside(monkeypatch):
     monkeypatch.delenv("SLOT_PRODUCTS", raising=False)
 
 
-def force(monkeypatch, dtype, way):
-    for size in linear.CLASSES:
-        monkeypatch.setitem(linear.chosen, (dtype, size), way)
-
-
-def swap(layer):
-    """What `use` does to a layer."""
-    layer.forward = functools.partial(linear.product, layer)
+def swap(layer, way):
+    """What `use` does to a layer: one row by `way`, more as well where it can."""
+    more = linear.plain if way is linear.vector else way
+    layer.forward = functools.partial(linear.product, layer, {1: way, 1 << 62: more})
     return layer
 
 
@@ -52,11 +46,10 @@ def random_layer(outputs, inputs, dtype):
 @ways
 @pytest.mark.parametrize("outputs, inputs", SHAPES)
 @torch.no_grad()
-def test_products(dtype, way, outputs, inputs, monkeypatch):
+def test_products(dtype, way, outputs, inputs):
     """One row, few, many, in every shape that a decoder hands over; with a bias and without."""
-    force(monkeypatch, dtype, way)
     layer, draw = random_layer(outputs, inputs, dtype)
-    swap(layer)
+    swap(layer, way)
     for rows in ((1,), (1, 1), (3, 1), (2, 20), (520,)):
         x = torch.randn(*rows, inputs, generator=draw).to(dtype)
         for bias in (layer.bias, None):
@@ -69,44 +62,27 @@ def test_products(dtype, way, outputs, inputs, monkeypatch):
             assert off < CLOSE[dtype], f"{rows}, bias {bias is not None}: relative rms error {off:.1e}"
 
 
-@ways
-def test_a_product_leaves_torchs_switches_as_they_were(dtype, way):
-    layer, _ = random_layer(16, 64, dtype)
-    before = torch._C._get_mkldnn_enabled()
-    for switch in (False, True):
-        torch._C._set_mkldnn_enabled(switch)
-        try:
-            way(torch.ones(1, 64, dtype=dtype), layer.weight, layer.bias)
-        except RuntimeError:                            # oneDNN's own way while it is switched off
-            assert way is linear.onednn and not switch
-        finally:
-            after = torch._C._get_mkldnn_enabled()
-            torch._C._set_mkldnn_enabled(before)
-        assert after == switch
-
-
 @dtypes
-@pytest.mark.parametrize("way", [linear.whole, linear.summed])
 @pytest.mark.parametrize("outputs", [5, 100, 4096, 9001])
-def test_transposed_products(dtype, way, outputs, monkeypatch):
-    """Wᵀ r, float32 in and out. r as small as SLOT's: float16 would round most of it to zero."""
-    monkeypatch.setitem(linear.chosen, (dtype, "transposed"), way)
+def test_transposed_products(dtype, outputs):
+    """Wᵀ r, float32 in and out, exact also in 16 bits. r as small as SLOT's: float16 would round most
+    of it to zero."""
     layer, draw = random_layer(outputs, 64, dtype)
     for size in (1, 1e-7):
         r = size * torch.randn(outputs, generator=draw)
         y = linear.transposed(r, layer.weight)
         assert y.shape == (64,) and y.dtype == torch.float32
         off = relative_rms(y, r.double() @ layer.weight.double())
-        assert off < CLOSE[dtype], f"r of size {size}: relative rms error {off:.1e}"
+        assert off < CLOSE[torch.float32], f"r of size {size}: relative rms error {off:.1e}"
     assert (linear.transposed(torch.zeros(outputs), layer.weight) == 0).all()
 
 
 def test_a_slice_is_multiplied_without_a_copy_of_the_weight():
     """hidden[:, :-1] is a case in which torch would copy the whole weight, once for each sample."""
-    layer = swap(nn.Linear(64, 1 << 16, bias=False).requires_grad_(False))
+    layer = nn.Linear(64, 1 << 16, bias=False).requires_grad_(False)
     x = torch.zeros(2, 30, 64)
     for way in linear.WAYS[torch.float32]:
-        linear.chosen.update({(torch.float32, size): way for size in linear.CLASSES})
+        swap(layer, way)
         cpu = torch.profiler.ProfilerActivity.CPU
         with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
             layer(x[:, :-1])
@@ -120,12 +96,11 @@ def test_a_slice_is_multiplied_without_a_copy_of_the_weight():
 
 
 @ways
-def test_gradients_are_autograds(dtype, way, monkeypatch):
+def test_gradients_are_autograds(dtype, way):
     """Of x alone where the weight is frozen, which is what the loop of slot.py asks for; of all where
     it is not."""
-    force(monkeypatch, dtype, way)
     layer, draw = random_layer(100, 64, dtype)
-    swap(layer)
+    swap(layer, way)
     for rows in (1, 3):
         r = torch.randn(rows, 100, generator=draw).to(dtype)
         for frozen in (True, False):
@@ -141,11 +116,10 @@ def test_gradients_are_autograds(dtype, way, monkeypatch):
 
 
 @ways
-def test_a_bias_alone_can_be_trained(dtype, way, monkeypatch):
+def test_a_bias_alone_can_be_trained(dtype, way):
     """As in BitFit: the weight is frozen, its bias is not."""
-    force(monkeypatch, dtype, way)
     for rows in (1, 3):
-        layer = swap(nn.Linear(4, 5).to(dtype))
+        layer = swap(nn.Linear(4, 5).to(dtype), way)
         layer.weight.requires_grad_(False).zero_()
         layer(torch.ones(rows, 4, dtype=dtype)).sum().backward()
         assert layer.bias.grad.tolist() == [rows] * 5
@@ -155,32 +129,34 @@ def test_a_bias_alone_can_be_trained(dtype, way, monkeypatch):
 
 
 def used(name, dtype, way, monkeypatch):
-    """A golden model with its products forced -> the model, what it says of them, and the golden values."""
+    """A golden model with its products forced -> the model, what it says of them, and the golden values.
+    Where `vector` cannot be, for more than one row, torch's own stands."""
     monkeypatch.setenv("SLOT_PRODUCTS", way)
+    monkeypatch.setattr(linear, "fastest", lambda ways, x, W: ways[0])
     lm = load_model(GOLDEN / name, dtype=dtype)
     return lm, linear.use(lm), load_golden(name)[1]
 
 
-@pytest.mark.parametrize("way", ["plain", "onednn", "parts"])
+@pytest.mark.parametrize("way", ["plain", "onednn", "vector"])
 @pytest.mark.parametrize("name", [
     "llama2_published", "llama_biases", "qwen2", "qwen2_tied", "qwen3_tied_yarn"])
 @torch.no_grad()
 def test_models_in_float32(name, way, monkeypatch):
     """The golden logits and greedy tokens, whichever way; as the reference library computed them."""
     lm, said, golden = used(name, "float32", way, monkeypatch)
-    assert said == way
+    assert said == ("plain, vector" if way == "vector" else way)
     off = difference(lm(golden["prompt"]), golden["logits"])
     assert off < 2e-4, f"{name}: logits differ by {off:.2e}"
     for tokens, new in zip(golden["prompt"].tolist(), golden["greedy"].tolist()):
         assert list(generate(lm, tokens, len(new))) == new
 
 
-@pytest.mark.parametrize("way", ["plain", "native", "vector", "float32"])
+@pytest.mark.parametrize("way", ["plain", "vector", "float32"])
 @pytest.mark.parametrize("name", HALF)
 @torch.no_grad()
 def test_models_in_16_bits(name, way, monkeypatch):
     lm, said, golden = used(name, "auto", way, monkeypatch)
-    assert said == way
+    assert said == ("plain, vector" if way == "vector" else way)
     allowed = {torch.bfloat16: 0.03, torch.float16: 0.005}[HALF[name]]
     for rows in (1, 2):
         logits = lm(golden["prompt"][:rows])
@@ -189,7 +165,7 @@ def test_models_in_16_bits(name, way, monkeypatch):
         assert off < allowed, f"{name}, {rows} rows: relative rms error {off:.2e}"
 
 
-@pytest.mark.parametrize("way", ["onednn", "parts"])
+@pytest.mark.parametrize("way", ["onednn", "vector"])
 def test_the_loop_of_slot_on_swapped_products(way, monkeypatch):
     """Autograd goes through them: the same δ as without."""
     lm, _, _ = used("qwen2", "float32", way, monkeypatch)
@@ -205,49 +181,67 @@ def test_a_small_model_keeps_its_own(monkeypatch):
     """Nothing is timed, and nothing swapped, where any way will do."""
     monkeypatch.setattr(linear, "fastest", None)
     lm = load_model(GOLDEN / "qwen2", dtype="float32")
-    assert linear.use(lm) == "plain" and linear.chosen == {}
+    assert linear.use(lm) == "plain"
     assert not any("forward" in vars(module) for module in lm.modules())
 
 
 @dtypes
 def test_the_stopwatch_decides(dtype, monkeypatch):
-    """Every class of rows, and the transposed product, gets the way that took least time; the values stay."""
+    """Every class of rows, of the layers and of the head, gets the way that took least time; the values
+    stay."""
     monkeypatch.setattr(linear, "SMALL", 1)
     lm = load_model(GOLDEN / "qwen2", dtype=dtype)
     tokens = golden_prompt("qwen2")
     with torch.no_grad():
         before = lm(tokens)
-    last = []
+    asked = []
 
-    def fastest(ways, call):
-        for way in ways:
-            call(way)
-        last.append(list(ways)[-1])
-        return last[-1]
+    def fastest(ways, x, W):
+        asked.append((len(x), W.shape, ways[len(asked) % 3 % len(ways)]))
+        return asked[-1][-1]
 
     monkeypatch.setattr(linear, "fastest", fastest)
     said = linear.use(lm)
-    assert set(linear.chosen) == {(dtype, size) for size in (*linear.CLASSES, "transposed")}
-    assert said == ", ".join(sorted({way.__name__ for way in last[:-1]})) and last[-1] is linear.summed
+    matrix, head = lm.model.layers[0].mlp.gate_proj, lm.lm_head
+    assert [(rows, shape) for rows, shape, _ in asked] == [
+        (rows, W.shape) for W in (matrix.weight, head.weight) for rows in linear.CLASSES.values()]
+    assert said == ", ".join(sorted({way.__name__ for *_, way in asked}))
+    assert [way for *_, way in asked[:4]] != [way for *_, way in asked[4:]]
+    for module, choices in ((matrix, asked[:4]), (lm.model.layers[-1].self_attn.o_proj, asked[:4]), (head, asked[4:])):
+        assert list(module.forward.args[1].values()) == [way for *_, way in choices]
     with torch.no_grad():
         assert relative_rms(lm(tokens), before) < 10 * CLOSE[dtype]
 
 
+@pytest.mark.parametrize("rows, way", [(1, "one"), (2, "few"), (4, "few"), (5, "some"), (32, "some"), (33, "more"), (9999, "more")])
+def test_classes_of_rows(rows, way):
+    assert linear.way_of(dict(zip(linear.CLASSES, ["one", "few", "some", "more"])), rows) == way
+
+
 def test_fastest(monkeypatch):
-    """The least time wins, but only by the margin; what this torch does not have never does."""
-    now = [0.0]
+    """The least time wins, but only by the margin; what this torch does not have never does; what took
+    four times as long is not tried again."""
+    now, calls = [0.0], []
     monkeypatch.setattr(linear.time, "perf_counter", lambda: now[0])
-    times = {"own": [10.0], "nearly": [9.5], "warms up": [20.0, 30.0, 5.0, 30.0]}
 
-    def call(way):
-        if way not in times:
-            raise RuntimeError("no such operation")
-        now[0] += times[way][0]
-        times[way].append(times[way].pop(0))
+    def way(name, *times):
+        times = list(times)
 
-    assert linear.fastest(["own", "nearly", "missing"], call) == "own"
-    assert linear.fastest(["own", "warms up", "missing"], call) == "warms up"
-    assert linear.fastest(["own", "missing"], call) == "own"
+        def call(x, W, b):
+            calls.append(name)
+            if not times:
+                raise RuntimeError("no such operation")
+            now[0] += times[0]
+            times.append(times.pop(0))
+        return call
+
+    own, nearly, warms_up = way("own", 10), way("nearly", 9.5), way("warms up", 20, 30, 5, 30)
+    slow, missing = way("slow", 50), way("missing")
+    assert linear.fastest([own, nearly, missing, slow], None, None) is own
+    assert calls.count("own") == 4 and calls.count("slow") == 1
+    assert linear.fastest([own, warms_up, missing], None, None) is warms_up
+    assert linear.fastest([own, missing], None, None) is own
+    assert linear.fastest([missing, own], None, None) is own
 
 
 def test_use_times_what_it_has(monkeypatch):
@@ -255,5 +249,5 @@ def test_use_times_what_it_has(monkeypatch):
     monkeypatch.setattr(linear, "SMALL", 1)
     for name, dtype in (("qwen2", "float32"), ("llama_bf16", "auto")):
         lm = load_model(GOLDEN / name, dtype=dtype)
-        known = {way.__name__ for way in linear.WAYS[lm.lm_head.weight.dtype]}
+        known = {way.__name__ for way in (*linear.WAYS[lm.lm_head.weight.dtype], linear.vector)}
         assert set(linear.use(lm).split(", ")) <= known
