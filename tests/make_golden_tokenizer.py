@@ -8,7 +8,8 @@ golden_tokenizer.json     48 small tokenizers (`tokenizer_json(seed)`) and texts
 golden_tokenizers/NAME/   a folder for each published way to cut text: the settings of the published tokenizer.json, a vocabulary
                           of 400 pairs trained here; answers.json: the ids of TEXTS, the text and ids of CHATS.
 
-The chat templates in these folders are the published ones (Qwen3, Llama 3.2 and R1 without their parts for tools).
+The chat templates in these folders are the published ones (Qwen3 and R1 without their parts for tools). llama3 has the
+template of Llama 3.2, llama31 that of Llama 3.1 and 3.3.
 """
 import json
 import random
@@ -48,7 +49,7 @@ CUTS = {
     "deepseek-coder": sequence(split("[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"),
                                split("[一-龥\u0800-一가-\ud7ff]+"), {"type": "Digits", "individual_digits": True}, level(use_regex=False)),
 }
-CUTS |= {"qwen3": CUTS["qwen2"], "r1-distill-llama": CUTS["llama3"], "r1-distill-qwen": CUTS["qwen2"]}
+CUTS |= {"qwen3": CUTS["qwen2"], "llama31": CUTS["llama3"], "r1-distill-llama": CUTS["llama3"], "r1-distill-qwen": CUTS["qwen2"]}
 
 # Added tokens, in the order of their ids: those marked special, then the others. Names of special tokens. What UTF-8 uses and the
 # vocabulary lacks.
@@ -66,7 +67,8 @@ CONTROL = {
                         ["<｜User｜>", "<｜Assistant｜>", "<|EOT|>", "<think>", "</think>"]),
     "deepseek-coder": (["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], ["<|EOT|>"]),
 }
-NAMED = {"gpt2": ["<|endoftext|>"] * 2, "llama3": ["<|begin_of_text|>", "<|eot_id|>"], "qwen2": [None, "<|im_end|>"],
+CONTROL["llama31"] = CONTROL["llama3"]
+NAMED = {"llama31": ["<|begin_of_text|>", "<|eot_id|>"], "gpt2": ["<|endoftext|>"] * 2, "llama3": ["<|begin_of_text|>", "<|eot_id|>"], "qwen2": [None, "<|im_end|>"],
          "qwen3": [None, "<|im_end|>"], "smollm2": ["<|im_start|>", "<|im_end|>"], "deepseek-coder": ["<｜begin▁of▁sentence｜>", "<|EOT|>"],
          **dict.fromkeys(("r1-distill-llama", "r1-distill-qwen"), ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"])}
 LACKING = {"smollm2": [0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2]}
@@ -95,8 +97,12 @@ CALLS = [TALK[1], {"role": "assistant", "content": "", "tool_calls": [{"type": "
          {"role": "tool", "content": "<2>"}, {"role": "assistant", "content": "two | 2"}]
 CHATS = [{"messages": talk, "add_generation_prompt": prompt, "date_string": "26 Jul 2024", **more}
          for talk in (TALK, TALK[1:2], TALK[1:3]) for prompt in (True, False) for more in ({}, {"enable_thinking": False})]
-TOOL_CHATS = [{"messages": talk, "add_generation_prompt": prompt, **tools} for talk in (TALK[:2], CALLS) for prompt in (True, False)
-              for tools in ({"tools": TOOLS}, {})]
+TOOL_CHATS = [{"messages": talk, "add_generation_prompt": prompt, "date_string": "26 Jul 2024", **tools} for talk in (TALK[:2], CALLS)
+              for prompt in (True, False) for tools in ({"tools": TOOLS}, {})]
+SEARCH = [TALK[1], {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {
+    "name": "brave_search", "arguments": {"query": "a <b>", "lang": "é"}}}]}, {"role": "ipython", "content": {"found": ["<c>"]}}]
+BUILTIN_CHATS = [{"messages": talk, "add_generation_prompt": True, "builtin_tools": ["code_interpreter", "brave_search"], **more}
+                 for talk in (TALK, CALLS, SEARCH) for more in ({}, {"tools": TOOLS, "tools_in_user_message": False})]
 NAMES = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 CONTROLS = """  {% for m in messages %}
     {% generation %}
@@ -113,8 +119,8 @@ CONTROLS = """  {% for m in messages %}
 
 
 def chats(name):
-    """The cases for a published folder. Only the template of Qwen2.5 has its parts for tools here."""
-    return CHATS + (TOOL_CHATS if name == "qwen2" else [])
+    """The cases for a published folder. Those of Qwen2.5 and Llama have their parts for tools here."""
+    return CHATS + TOOL_CHATS * (name in ("qwen2", "llama3", "llama31")) + BUILTIN_CHATS * (name == "llama31")
 
 
 def published(name):
@@ -145,7 +151,7 @@ def published(name):
     if name == "deepseek-coder":
         data["normalizer"] = {"type": "Sequence", "normalizers": []}
     first = NAMED[name][0]
-    if name in ("llama3", "r1-distill-llama", "r1-distill-qwen", "deepseek-coder"):
+    if name in ("llama3", "llama31", "r1-distill-llama", "r1-distill-qwen", "deepseek-coder"):
         single = [{"SpecialToken": {"id": first, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         known = {first: {"id": first, "ids": [next(each["id"] for each in added if each["content"] == first)], "tokens": [first]}}
         data["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": known}
