@@ -15,6 +15,7 @@ Letters: T tokens of the prompt, A of the reference answer, d width, V vocabular
 import copy
 import math
 import time
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -60,6 +61,18 @@ class Text:
         for logits, targets in self.logits():
             losses = F.cross_entropy(change(logits), targets, reduction="none")
             total += losses.double().sum().item()
+        return total / max(1, self.count)
+
+    def losses(self, biases):
+        """The loss with each of biases (K, V) added to the logits z, all by one product:
+        log Σ exp(z + b) = log Σ exp(z) exp(b) -> (K,) float64."""
+        peaks = biases.amax(1)
+        c = (biases - peaks[:, None]).exp().T                               # (V, K)
+        total = torch.zeros(len(biases), dtype=torch.float64, device=biases.device)
+        for logits, targets in self.logits():
+            logits -= logits.amax(1, keepdim=True)
+            right = logits.gather(1, targets[:, None]) + biases[:, targets].T - peaks   # (some, K)
+            total += ((logits.exp_() @ c).log() - right).double().sum(0)
         return total / max(1, self.count)
 
     def gradient(self):
@@ -156,25 +169,37 @@ class Study:
             before = torch.cat((before, self.lm.model(tokens, cache)), dim=1)       # (1, A, d)
         prompt = Text(self.lm.lm_head, self.hiddens[i][0, :-1], ids[1:])
         answer = Text(self.lm.lm_head, before[0], reference)
+        effects = [self.effect(i, setting) for setting in settings]
         found = {}
-        for setting in settings:
-            delta, bias, seconds = self.effect(i, setting)
-            W_delta = None if delta is None else self.words(delta)
-
-            def change(logits):
-                if delta is not None:
-                    return slot.steer(logits, W_delta)
-                return logits if bias is None else logits + bias
-
-            losses = dict(prompt_loss=prompt.loss(change), answer_loss=answer.loss(change))
+        for setting, effect, *losses in zip(settings, effects, *self.losses(effects, prompt, answer)):
+            losses = dict(zip(("prompt_loss", "answer_loss"), losses))
             if not all(map(math.isfinite, losses.values())):
                 raise ValueError(f"sample {i}, {setting.name}: a loss is not a finite number; "
                                  "lower the learning rate")
+            seconds = effect[-1]
             found[setting] = losses | dict(seconds=dict(prefill=0.0, fit=seconds, decode=0.0))
             if setting == PLAIN:
                 cosine = F.cosine_similarity(prompt.gradient(), answer.gradient(), dim=0)
                 found[setting]["alignment"] = cosine.item()
         return found
+
+    def losses(self, effects, *texts):
+        """Of every text a list: its loss under each effect."""
+        if self.args.slot_fast:
+            head = self.lm.lm_head
+            none = torch.zeros(1, 1, head.weight.shape[1], device=head.weight.device)
+            deltas = torch.cat([none if delta is None else delta for delta, _, _ in effects])
+            biases = head(deltas[:, 0].to(head.weight.dtype)).float()       # (K, V)
+            for row, (_, bias, _) in zip(biases, effects):
+                row += 0 if bias is None else bias
+            return [text.losses(biases).tolist() for text in texts]
+        return [[text.loss(self.change(*effect)) for effect in effects] for text in texts]
+
+    def change(self, delta, bias, seconds):
+        """-> a function from logits (..., V) to what an effect makes of them."""
+        if delta is not None:
+            return partial(slot.steer, W_delta=self.words(delta))
+        return lambda logits: logits if bias is None else logits + bias
 
     # a batch
 

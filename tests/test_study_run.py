@@ -161,6 +161,18 @@ def test_long_texts_go_through_the_head_in_pieces(folder, monkeypatch):
     assert torch.allclose(pieces.gradient(), kept.gradient(), atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [0.1, 5, 100])
+def test_losses_of_many_biases_are_each_ones_loss(folder, size, monkeypatch):
+    """By one product, also where a bias spreads over hundreds; a text without tokens has none."""
+    known = loaded(folder)
+    monkeypatch.setattr(measure, "PIECE", 7 * 768)
+    text = Text(known.lm.lm_head, 3 * torch.randn(50, 32), torch.randint(768, (50,)).tolist())
+    biases = torch.cat([torch.zeros(1, 768), size * torch.randn(4, 768)])
+    for bias, loss in zip(biases, text.losses(biases).tolist()):
+        assert loss == pytest.approx(text.loss(lambda logits: logits + bias), rel=1e-5)
+    assert Text(known.lm.lm_head, torch.zeros(0, 32), []).losses(biases).tolist() == [0] * 5
+
+
 def test_alignment_is_the_cosine_of_two_gradients(folder, whole):
     """The closed form against autograd through h + δ."""
     known, rows = loaded(folder), by_key(whole)
