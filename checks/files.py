@@ -7,6 +7,7 @@ import os
 import re
 import reprlib
 import stat
+import tempfile
 from pathlib import Path
 
 MAX_JSON = 64 << 20     # bytes; the largest tokenizer.json has 35 MB, and parsing takes tenfold
@@ -43,7 +44,9 @@ def refuse(path, what, do="download it again", kind=ValueError):
 
 def cache_folder():
     """Where programs keep what can be made again: XDG_CACHE_HOME, else ~/.cache."""
-    home = os.path.expanduser("~")                      # stays "~" for an unknown user
+    home = os.path.expanduser("~")
+    if home == "~":                                     # an unknown user without HOME
+        home = tempfile.gettempdir()
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"))
 
 

@@ -25,8 +25,7 @@ def closed_form(hidden, targets, W, steps, lr):
     once, before the loop, and a step needs four matrix-vector products and V exponentials. Largest
     entries are taken out first, since exp overflows above 88.
 
-        once:    z = h Wᵀ (n, V)    top_t = max_v z_tv    E = exp(z - top) (n, V)    y: see exercise
-        11
+        once:    z = h Wᵀ (n, V)    top_t = max_v z_tv    E = exp(z - top) (n, V)    y: exercise 11
 
         a step:  b = W δ                    (V,)
                  c = exp(b - max b)         (V,)
@@ -41,8 +40,7 @@ def closed_form(hidden, targets, W, steps, lr):
                  δ = δ - lr * (m / (1 - 0.9^i)) / (sqrt(v / (1 - 0.999^i)) + 1e-5)
 
     hidden   (n, d);  targets (n,) int64;  W (V, d);  steps  0 or more;  lr  above 0
-    returns  the pair (δ, losses): δ (d,), losses (steps + 1,): before every step, and after the
-             last
+    returns  the pair (δ, losses): δ (d,), losses (steps + 1,): before every step, and at the end
 
     By hand: the example of exercise 10: W has the rows (1) and (-1), h is 0 at the one position,
     target 0, lr = 0.1. z = (0, 0), E = (1, 1), y = (1, 0). Step 1: b = (0, 0), c = (1, 1), s = 2,
@@ -231,10 +229,9 @@ CLOSED_FORM = Exercise(
 def optimize_deltas(hidden, tokens, mask, lm_head, steps, lr):
     """One δ for each prompt of a padded batch.
 
-    Several prompts at once are a matter of speed, and must be nothing else: each prompt gets the δ
-    that it would get alone. Two things can go wrong. Prompts of different length are padded, and
-    padding must neither be predicted nor be predicted from. And prompts can leak into each other:
-    through one δ for all, through one mean over all. (The authors' public code does both.)
+    Each prompt gets the δ that it would get alone. Two things can go wrong. Prompts of different
+    length are padded, and padding must neither be predicted nor be predicted from. And prompts can
+    leak into each other: through one δ for all, through one mean. (The authors' code does both.)
 
         L_b = -1/n_b Σ_t log softmax(W(h_bt + δ_b))[tokens_b,t+1]       over the pairs that are real
 
@@ -246,11 +243,10 @@ def optimize_deltas(hidden, tokens, mask, lm_head, steps, lr):
     tokens   (B, T) int64
     mask     (B, T) bool, True = real; padding on either side. A pair counts if both tokens are
              real; n_b is their number. Without a pair (one token) loss and δ are 0
-    lm_head  nn.Linear(d, V) without bias. Its weights could be trained: their .grad stays None, and
-             requires_grad stays as it was
+    lm_head  nn.Linear(d, V) without bias; its .grad stays None, its requires_grad as it was
     steps, lr, AdamW's settings: as in exercise 10
-    returns  the pair (δ, losses): δ (B, 1, d), losses (steps + 1, B), before every step and, last,
-             after the final one; both float32 tensors without a graph (not a list)
+    returns  the pair (δ, losses): δ (B, 1, d), losses (steps + 1, B), before every step and at the
+             end; both float32 tensors without a graph (not a list)
 
     By hand: W has the rows (1) and (-1); h is 0 at both positions of both prompts. Tokens (0, 0)
     and (1, 1), one step, lr = 0.1. The first prompt is the example of exercise 10, with gradient
@@ -266,8 +262,7 @@ def optimize_deltas(hidden, tokens, mask, lm_head, steps, lr):
             [0.5981, 0.5981]]))
 
     Allowed: torch.optim.AdamW, F.cross_entropy (it wants the logits as (B, V, T-1): transpose, do
-    not reshape), autograd. Not allowed: nothing. (A loop over the rows passes, too, and is how this
-    project does it: see speed/batch.py. Try to do without.)
+    not reshape), autograd. (A loop over the rows passes, too; see speed/batch.py. Do without.)
 
     To think about: AdamW divides by the root of the squares, so a factor 1/B in the gradient should
     cancel. Why does the mean over the batch still give another δ than the sum?

@@ -170,13 +170,12 @@ class Study:
         prompt = Text(self.lm.lm_head, self.hiddens[i][0, :-1], ids[1:])
         answer = Text(self.lm.lm_head, before[0], reference)
         effects = [self.effect(i, setting) for setting in settings]
-        found = {}
-        for setting, effect, *losses in zip(settings, effects, *self.losses(effects, prompt, answer)):
-            losses = dict(zip(("prompt_loss", "answer_loss"), losses))
+        pairs, found = zip(*self.losses(effects, prompt, answer)), {}
+        for setting, (_, _, seconds), pair in zip(settings, effects, pairs):
+            losses = dict(zip(("prompt_loss", "answer_loss"), pair))
             if not all(map(math.isfinite, losses.values())):
                 raise ValueError(f"sample {i}, {setting.name}: a loss is not a finite number; "
                                  "lower the learning rate")
-            seconds = effect[-1]
             found[setting] = losses | dict(seconds=dict(prefill=0.0, fit=seconds, decode=0.0))
             if setting == PLAIN:
                 cosine = F.cosine_similarity(prompt.gradient(), answer.gradient(), dim=0)

@@ -1,6 +1,7 @@
 """checks/hub.py: a hub id is found where Hugging Face's tools keep it."""
 import os
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -109,11 +110,12 @@ def test_no_hub_id(name, cache, tmp_path, monkeypatch):
 
 
 def test_without_a_home(cache, monkeypatch):
-    """An unknown user has no home: the cache is looked for below "~", and not found."""
+    """An unknown user has no home: the cache is looked for in the folder for temporary files, and never
+    in one that is called ~, which whoever tidies up would remove by `rm -r ~`."""
     for setting in ("HF_HUB_CACHE", "HOME"):
         monkeypatch.delenv(setting, raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.raises(FileNotFoundError) as caught:
         find_model(NAME)
-    check_line(str(caught.value), str(Path("~/.cache/huggingface/hub")))
+    check_line(str(caught.value), str(Path(tempfile.gettempdir(), ".cache/huggingface/hub")))
