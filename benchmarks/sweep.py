@@ -58,7 +58,7 @@ def sweep(subject, rates, count, in_child, say):
 def products(subject, count, say):
     """Print ms of every way, and what `linear.use` chose -> a list of rows, for the JSON."""
     lm, found = subject.lm, []
-    ways = *linear.WAYS[lm.lm_head.weight.dtype], linear.vector
+    ways = *linear.WAYS[lm.lm_head.weight.dtype], linear.vector         # that one for one row
     names = "".join(f"{way.__name__:>10}" for way in ways)
     print(f"\nproducts of {subject.title}, ms\n{'':<32}{'rows':>6}{names}    chosen   best/chosen")
     for name in ("lm_head", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"):
@@ -66,7 +66,8 @@ def products(subject, count, say):
         W, swapped = module.weight, getattr(module.forward, "args", None)
         for rows in ROWS:
             say(f"{subject.title}: {name}, {rows} rows")
-            x, spent = torch.randn(rows, W.shape[1]).to(W.dtype), {way: [] for way in ways}
+            x = torch.randn(rows, W.shape[1]).to(W.dtype)
+            spent = {way: [] for way in ways[:None if rows == 1 else -1]}
             for _ in range(count):                  # in turns, so that a slow minute hits all
                 for way, times in spent.items():
                     times.append(timed(lambda: way(x, W, None), 0.05))
@@ -75,5 +76,6 @@ def products(subject, count, say):
             share = min(ms.values()) / ms[chosen]
             found.append(dict(matrix=name, rows=rows, ms=ms, chosen=chosen, share=share))
             cells = "".join(f"{value:>10.3f}" for value in ms.values())
+            cells += "" if rows == 1 else " " * 10
             print(f"{name:<32}{rows:>6}{cells}{chosen:>10}{share:>10.2f}")
     return found

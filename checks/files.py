@@ -7,7 +7,6 @@ import os
 import re
 import reprlib
 import stat
-import tempfile
 from pathlib import Path
 
 MAX_JSON = 64 << 20     # bytes; the largest tokenizer.json has 35 MB, and parsing takes tenfold
@@ -43,10 +42,11 @@ def refuse(path, what, do="download it again", kind=ValueError):
 
 
 def cache_folder():
-    """Where programs keep what can be made again: XDG_CACHE_HOME, else ~/.cache."""
+    """Where programs keep what can be made again: XDG_CACHE_HOME, else ~/.cache. For an unknown user
+    without HOME, whom the system gives no such place, a folder that nobody can make."""
     home = os.path.expanduser("~")
-    if home == "~":                                     # an unknown user without HOME
-        home = tempfile.gettempdir()
+    if home == "~":
+        home = os.devnull
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"))
 
 

@@ -44,7 +44,7 @@ def find_in_hub(name):
         return snapshot
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=WANTED))
+        return Path(snapshot_download(name, allow_patterns=WANTED, cache_dir=cache))
     except ImportError:
         patterns = " ".join(f"--include '{pattern}'" for pattern in WANTED)
         why = (f"not in {show(cache, 80)}; fetch it with: pip install huggingface_hub && "

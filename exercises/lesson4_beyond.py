@@ -243,7 +243,7 @@ def optimize_deltas(hidden, tokens, mask, lm_head, steps, lr):
     tokens   (B, T) int64
     mask     (B, T) bool, True = real; padding on either side. A pair counts if both tokens are
              real; n_b is their number. Without a pair (one token) loss and δ are 0
-    lm_head  nn.Linear(d, V) without bias; its .grad stays None, its requires_grad as it was
+    lm_head  nn.Linear(d, V) without bias; its weight's .grad stays None, requires_grad as it was
     steps, lr, AdamW's settings: as in exercise 10
     returns  the pair (δ, losses): δ (B, 1, d), losses (steps + 1, B), before every step and at the
              end; both float32 tensors without a graph (not a list)

@@ -20,8 +20,6 @@ E c is exact enough in float32 while b spreads over less than SPREAD; beyond, E 
 """
 import torch
 
-from speed.linear import transposed
-
 SPREAD = 60             # exp(-60) is still a number in float32 with room below it
 KEPT = 0.75             # share of the memory for E; the rest is for work
 
@@ -30,7 +28,7 @@ KEPT = 0.75             # share of the memory for E; the rest is for work
 def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30, watch=None):
     """Fit δ to one prompt: arguments and results of slot.optimize_delta.
 
-    watch: called with the number of steps taken and δ, which goes on changing, after each of them.
+    watch: called in every round, with the steps taken so far and a copy of δ.
     memory: bytes, a bound on all (n, V) that is kept or made. Where E does not fit, it is kept for
     as many positions as do, and made again in every step for the others. ValueError as there.
     """
@@ -53,11 +51,11 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30, watc
         b = lm_head(delta[0].to(W.dtype))[0].float()                        # (V,)
         loss, r = loss_and_difference(lm_head, blocks, b, n)
         losses.append(loss)
+        if watch:
+            watch(step, delta.clone())
         if step < steps:                                # the last round only measures
             delta.grad = transposed(r, W)[None, None]
             optimizer.step()
-            if watch:
-                watch(step + 1, delta)
 
     if not b.isfinite().all():
         raise ValueError(f"SLOT: δ leaves {W.dtype}'s range at lr {lr:g}; take a lower one")
@@ -96,3 +94,15 @@ def loss_and_difference(lm_head, blocks, b, n):
         total += torch.where(a > others, (others / a).log1p(), s.log() - log_a).sum()
         del E                       # before the next block is made
     return total / n, (c * r - truth) / max(n, 1)         # n = 0: no loss, and nothing to learn
+
+
+def transposed(r, W):
+    """Wᵀ r for r (V,) float32 -> (d,) float32: the gradient of SLOT. W in 16 bits is multiplied in
+    float32, a block of rows at a time; r in 16 bits would lose digits, in float16 most entries."""
+    if W.dtype == torch.float32:
+        return r @ W
+    rows = 512 if W.is_cpu else (1 << 24) // W.shape[1]     # on the CPU the copy stays in the cache
+    y = torch.zeros(W.shape[1], device=W.device)
+    for some, block in zip(r.split(rows), W.split(rows)):
+        y.addmv_(block.float().T, some)
+    return y

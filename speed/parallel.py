@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 import load_weights
 from checks.ranks import check_parts, check_ranks
-from speed.linear import transposed
+from speed.delta import transposed
 
 TIMEOUT = timedelta(minutes=10)     # a rank that is silent for so long is taken for dead
 
@@ -222,11 +222,11 @@ def optimize_delta_fast(hidden, tokens, head, steps, lr, memory=1 << 30, watch=N
             Wh = F.linear(part_h, W).float() if kept is None else kept
             loss += loss_and_difference(Wh + b, part_x, r)
         losses.append(loss / n)
+        if watch:
+            watch(step, delta.clone())
         if step < steps:                                        # the last round only measures
             delta.grad = total(transposed(r / max(n, 1), W))[None, None]
             optimizer.step()
-            if watch:
-                watch(step + 1, delta)
 
     if total((~b.isfinite()).sum()) > 0:                        # on whichever rank
         raise ValueError(f"SLOT: δ leaves {W.dtype}'s range at lr {lr:g}; take a lower one")

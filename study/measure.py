@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import slot
 from study.scoring import flexible, in_format, paper, strict
-from study.settings import PLAIN
+from study.settings import PLAIN, all_settings
 from study.tasks import TASKS
 
 speed = None                                # without speed/ prompts are answered one by one
@@ -34,6 +34,7 @@ if find_spec("speed"):
 
 KEPT = 1 << 27                              # logits of one text that are kept; blocks of as many
 PIECE = 1 << 20                             # logits judged at once: they stay in the cache
+LOST = math.log(1e-25)                      # below, a sum of exponentials has lost digits
 
 
 class Text:
@@ -60,20 +61,23 @@ class Text:
         total = 0.0
         for logits, targets in self.logits():
             losses = F.cross_entropy(change(logits), targets, reduction="none")
-            total += losses.double().sum().item()
+            total += losses.cpu().double().sum().item()
         return total / max(1, self.count)
 
     def losses(self, biases):
         """The loss with each of biases (K, V) added to the logits z, all by one product:
-        log Σ exp(z + b) = log Σ exp(z) exp(b) -> (K,) float64."""
-        peaks = biases.amax(1)
-        c = (biases - peaks[:, None]).exp().T                               # (V, K)
-        total = torch.zeros(len(biases), dtype=torch.float64, device=biases.device)
+        log Σ exp(z + b) = log Σ exp(z) exp(b) -> K numbers."""
+        biases = biases - biases.amax(1, keepdim=True)
+        c = biases.exp().T                                                  # (V, K)
+        total = torch.zeros(len(biases), dtype=torch.float64)
         for logits, targets in self.logits():
             logits -= logits.amax(1, keepdim=True)
-            right = logits.gather(1, targets[:, None]) + biases[:, targets].T - peaks   # (some, K)
-            total += ((logits.exp_() @ c).log() - right).double().sum(0)
-        return total / max(1, self.count)
+            right = logits.gather(1, targets[:, None]) + biases[:, targets].T       # (some, K)
+            log_sums = (logits.exp() @ c).log()                                     # (some, K)
+            if log_sums.numel() and log_sums.min() < LOST:      # each bias by itself
+                log_sums = torch.stack([(logits + bias).logsumexp(1) for bias in biases], dim=1)
+            total += (log_sums - right).cpu().double().sum(0)
+        return (total / max(1, self.count)).tolist()
 
     def gradient(self):
         """Of the plain loss with respect to δ at δ = 0, times n: Wᵀ(p - y), (d,) float32.
@@ -128,7 +132,8 @@ class Study:
             began = time.perf_counter()
 
             def keep(step, delta):
-                self.fits[i, step, lr] = delta.detach().clone(), time.perf_counter() - began
+                if (step, lr) in self.args.points:
+                    self.fits[i, step, lr] = delta.detach(), time.perf_counter() - began
 
             if self.args.slot_fast:                 # one fit to the last point passes all others
                 most = max(step for step, rate in self.args.points if rate == lr)
@@ -170,31 +175,35 @@ class Study:
         prompt = Text(self.lm.lm_head, self.hiddens[i][0, :-1], ids[1:])
         answer = Text(self.lm.lm_head, before[0], reference)
         effects = [self.effect(i, setting) for setting in settings]
-        pairs, found = zip(*self.losses(effects, prompt, answer)), {}
-        for setting, (_, _, seconds), pair in zip(settings, effects, pairs):
-            losses = dict(zip(("prompt_loss", "answer_loss"), pair))
-            if not all(map(math.isfinite, losses.values())):
+        seen, unseen = self.losses_under(effects, prompt, answer)
+        found = {}
+        for setting, effect, prompt_loss, answer_loss in zip(settings, effects, seen, unseen):
+            if not (math.isfinite(prompt_loss) and math.isfinite(answer_loss)):
                 raise ValueError(f"sample {i}, {setting.name}: a loss is not a finite number; "
                                  "lower the learning rate")
-            found[setting] = losses | dict(seconds=dict(prefill=0.0, fit=seconds, decode=0.0))
+            seconds = dict(prefill=0.0, fit=effect[-1], decode=0.0)
+            found[setting] = dict(prompt_loss=prompt_loss, answer_loss=answer_loss, seconds=seconds)
             if setting == PLAIN:
                 cosine = F.cosine_similarity(prompt.gradient(), answer.gradient(), dim=0)
                 found[setting]["alignment"] = cosine.item()
         return found
 
-    def losses(self, effects, *texts):
-        """Of every text a list: its loss under each effect."""
+    def losses_under(self, effects, *texts):
+        """Of every text a list: its loss under each effect. With --slot-fast every effect is a bias
+        on the logits, and slot.steer is not asked."""
         if self.args.slot_fast:
             head = self.lm.lm_head
             none = torch.zeros(1, 1, head.weight.shape[1], device=head.weight.device)
             deltas = torch.cat([none if delta is None else delta for delta, _, _ in effects])
             biases = head(deltas[:, 0].to(head.weight.dtype)).float()       # (K, V)
             for row, (_, bias, _) in zip(biases, effects):
-                row += 0 if bias is None else bias
-            return [text.losses(biases).tolist() for text in texts]
-        return [[text.loss(self.change(*effect)) for effect in effects] for text in texts]
+                if bias is not None:                                        # unigram has no δ
+                    row += bias
+            return [text.losses(biases) for text in texts]
+        return [[text.loss(self.change(delta, bias)) for delta, bias, _ in effects]
+                for text in texts]
 
-    def change(self, delta, bias, seconds):
+    def change(self, delta, bias):
         """-> a function from logits (..., V) to what an effect makes of them."""
         if delta is not None:
             return partial(slot.steer, W_delta=self.words(delta))
@@ -204,8 +213,9 @@ class Study:
 
     def measure(self, rows, missing):
         """rows: samples. missing: {setting: those that lack it} -> yields a result for each."""
-        wanted = {i: [setting for setting in missing if i in missing[setting]] for i in rows}
-        found = {i: self.figures(i, wanted[i]) for i in rows if wanted[i]}
+        settings = all_settings(self.args)
+        found = {i: self.figures(i, settings) for i in rows
+                 if any(i in left for left in missing.values())}        # all, or bits could differ
         self.hiddens.clear()
         prefilled = None
         for setting in missing:

@@ -292,7 +292,8 @@ def chosen(tables, halves, points):
                      "fixed / broken", "Holm p", "change of answer loss [95 % CI]"], rows, left=2)
 
 
-def time_table(rows, points):
+def time_table(rows, points, fast):
+    """fast: one fit has passed all points of its learning rate."""
     def means(setting):
         seconds = [row["seconds"] for row in rows if row["setting"] == setting]
         return [np.mean([s[part] for s in seconds]) for part in ("prefill", "fit", "decode")]
@@ -302,8 +303,10 @@ def time_table(rows, points):
         prefill, fit, decode = means(setting)
         lines.append([title, *(f"{s:.4f}" for s in (prefill + fit + decode, fit, decode)),
                       percent(fit / plain if plain else np.nan)])
-    total = sum(row["seconds"]["decode"] for row in rows)       # controls take the fits of slot
-    total += sum(row["seconds"]["fit"] for row in rows if row["setting"].startswith("slot"))
+    total = sum(row["seconds"]["decode"] for row in rows)
+    fits = points if not fast else {lr: (steps, lr) for steps, lr in sorted(points)}.values()
+    fitted = [name("slot", point) for point in fits]            # controls take the fits of slot
+    total += sum(row["seconds"]["fit"] for row in rows if row["setting"] in fitted)
     return markdown(["setting", "seconds a sample", "of which fitting δ", "decoding",
                      "overhead of δ, % of the plain run"], lines) + [
         "", "A share of a batch's seconds, means over all samples. All settings and controls "
@@ -342,7 +345,7 @@ def write(args, rows, notes):
         sections["SLOT only where the cosine is above a threshold (chosen on every other sample, "
                  "shown on the rest; at test time nobody knows the answer's gradient)"] = (
             only_where(tables, args))
-    sections["Time"] = time_table(rows, args.points)
+    sections["Time"] = time_table(rows, args.points, args.slot_fast)
     text = [f"# SLOT against the plain model: {args.task}", ""]
     text += [f"- {line}" for line in notes + findings(tables, args, corrected)]
     for title, lines in sections.items():

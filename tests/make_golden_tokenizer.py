@@ -67,10 +67,10 @@ CONTROL = {
                         ["<｜User｜>", "<｜Assistant｜>", "<|EOT|>", "<think>", "</think>"]),
     "deepseek-coder": (["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], ["<|EOT|>"]),
 }
-CONTROL["llama31"] = CONTROL["llama3"]
-NAMED = {"llama31": ["<|begin_of_text|>", "<|eot_id|>"], "gpt2": ["<|endoftext|>"] * 2, "llama3": ["<|begin_of_text|>", "<|eot_id|>"], "qwen2": [None, "<|im_end|>"],
+NAMED = {"gpt2": ["<|endoftext|>"] * 2, "llama3": ["<|begin_of_text|>", "<|eot_id|>"], "qwen2": [None, "<|im_end|>"],
          "qwen3": [None, "<|im_end|>"], "smollm2": ["<|im_start|>", "<|im_end|>"], "deepseek-coder": ["<｜begin▁of▁sentence｜>", "<|EOT|>"],
          **dict.fromkeys(("r1-distill-llama", "r1-distill-qwen"), ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"])}
+CONTROL["llama31"], NAMED["llama31"] = CONTROL["llama3"], NAMED["llama3"]
 LACKING = {"smollm2": [0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2]}
 
 

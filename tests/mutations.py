@@ -132,6 +132,7 @@ def main(words):
         if problem:
             wrong.append(f"{mutation.description}: {problem}")
         message = re.sub(r"^(E +)?AssertionError: ", "", message).split(" assert ")[0]
+        message = re.sub(r"[\x00-\x1f\x7f]+", " ", message)           # a row is one line
         message = message.replace("|", "/").replace("`", "'")[:100]
         shown = f"`{test}` | {message}" if status else "none: invisible | "
         print(f"| {mutation.description} | {mutation.file} | {shown} |", flush=True)

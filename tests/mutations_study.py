@@ -26,7 +26,7 @@ TABLE = {
          "tokens=len(ids))"),
         ("study: alignment of the predictions alone",
          "residual -= torch.bincount(targets, minlength=self.vocabulary)", "pass"),
-        ("study: one δ kept for all points of a fit", "delta.detach().clone()", "delta.detach()"),
+        ("study: losses of another bias than the setting's", "for row, (_, bias, _) in zip(biases, effects):", "for row, (_, bias, _) in zip(biases, effects[1:]):"),
         ("study: kept logits handed out to be changed", "logits.to(torch.float32, copy=True)",
          "logits.to(torch.float32)"),
     ],

@@ -1,7 +1,6 @@
 """checks/hub.py: a hub id is found where Hugging Face's tools keep it."""
 import os
 import sys
-import tempfile
 import types
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def test_refs_that_are_none(make, installed, cache, monkeypatch):
         make(ref)
     asked = []
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, cache_dir):
         asked.append(name)
         raise RuntimeError("no network here\nat all")
     library = types.ModuleType("huggingface_hub")
@@ -87,13 +86,13 @@ def test_refs_that_are_none(make, installed, cache, monkeypatch):
 
 
 def test_what_the_library_fetches(cache, monkeypatch):
-    """Only weights, JSON and templates: no pickle, no code."""
+    """Only weights, JSON and templates: no pickle, no code; into the cache where it is looked for."""
     asked = {}
     library = types.ModuleType("huggingface_hub")
     library.snapshot_download = lambda name, **more: asked.update(more) or str(cache)
     monkeypatch.setitem(sys.modules, "huggingface_hub", library)
     assert find_in_hub(NAME) == cache
-    assert asked == {"allow_patterns": ["*.safetensors", "*.json", "*.jinja"]}
+    assert asked == {"allow_patterns": ["*.safetensors", "*.json", "*.jinja"], "cache_dir": cache}
 
 
 NO_IDS = ["a", "a/b/c", "../b", "a/..", ".a/b", "a/.b", "-", "a b/c", "a/b\n", "é/b", "a/b\0",
@@ -110,12 +109,12 @@ def test_no_hub_id(name, cache, tmp_path, monkeypatch):
 
 
 def test_without_a_home(cache, monkeypatch):
-    """An unknown user has no home: the cache is looked for in the folder for temporary files, and never
-    in one that is called ~, which whoever tidies up would remove by `rm -r ~`."""
+    """An unknown user has no home. The cache is not looked for, or made, in a folder that is called ~, which
+    whoever tidies up would remove by `rm -r ~`, nor where others could have put it."""
     for setting in ("HF_HUB_CACHE", "HOME"):
         monkeypatch.delenv(setting, raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.raises(FileNotFoundError) as caught:
         find_model(NAME)
-    check_line(str(caught.value), str(Path(tempfile.gettempdir(), ".cache/huggingface/hub")))
+    check_line(str(caught.value), str(Path(os.devnull, ".cache/huggingface/hub")))

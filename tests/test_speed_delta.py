@@ -19,7 +19,6 @@ pytest.importorskip("speed.delta", reason="there is no speed/")
 from slot import optimize_delta
 from slot_cases import Head, float64_delta, float64_loss, largest, random_case
 from speed import delta as speed_delta
-from speed import linear
 from speed.delta import optimize_delta_fast
 
 
@@ -31,11 +30,11 @@ def test_gradient(scale, monkeypatch):
     hidden, tokens, head = random_case(20, 120, 24, scale)
     seen = []
 
-    def transposed(r, W):
-        seen.append(linear.transposed(r, W))
+    def watched(r, W, transposed=speed_delta.transposed):
+        seen.append(transposed(r, W))
         return seen[-1]
 
-    monkeypatch.setattr(speed_delta, "transposed", transposed)
+    monkeypatch.setattr(speed_delta, "transposed", watched)
     optimize_delta_fast(hidden, tokens, head, 4, 0.1)
     assert len(seen) == 4
     for step, gradient in enumerate(seen):
@@ -49,6 +48,23 @@ def test_gradient(scale, monkeypatch):
         off, off_finite = largest(gradient - exact) / size, largest(gradient - torch.stack(finite)) / size
         assert off < 1e-4, f"step {step}: gradient differs from autograd by {off:.1e} of its size"
         assert off_finite < 1e-4, f"step {step}: and from finite differences by {off_finite:.1e} of its size"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("outputs", [5, 100, 4096, 9001])
+def test_transposed_products(dtype, outputs):
+    """Wᵀ r, float32 in and out, exact also in 16 bits. r as small as SLOT's: float16 would round most
+    of it to zero."""
+    draw = torch.Generator().manual_seed(0)
+    W = torch.randn(outputs, 64, generator=draw).to(dtype)
+    for size in (1, 1e-7):
+        r = size * torch.randn(outputs, generator=draw)
+        y = speed_delta.transposed(r, W)
+        assert y.shape == (64,) and y.dtype == torch.float32
+        exact = r.double() @ W.double()
+        off = (y - exact).norm() / exact.norm()
+        assert off < 5e-6, f"r of size {size}: relative rms error {off:.1e}"
+    assert (speed_delta.transposed(torch.zeros(outputs), W) == 0).all()
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
@@ -187,8 +203,8 @@ def test_one_token_a_thousand_times(margin, loss, steps, lr):
 def test_who_watches_sees_every_shorter_fit():
     hidden, tokens, head = sure_case(200, 1000, 64, 8, same=False)
     seen = {}
-    optimize_delta_fast(hidden, tokens, head, 5, 0.1, watch=lambda step, delta: seen.update({step: delta.clone()}))
-    assert list(seen) == [1, 2, 3, 4, 5]
+    optimize_delta_fast(hidden, tokens, head, 5, 0.1, watch=seen.__setitem__)
+    assert list(seen) == [0, 1, 2, 3, 4, 5]
     for steps, delta in seen.items():
         assert torch.equal(delta, optimize_delta_fast(hidden, tokens, head, steps, 0.1)[0])
 

@@ -50,7 +50,7 @@ def test_products(dtype, way, outputs, inputs):
     """One row, few, many, in every shape that a decoder hands over; with a bias and without."""
     layer, draw = random_layer(outputs, inputs, dtype)
     swap(layer, way)
-    for rows in ((1,), (1, 1), (3, 1), (2, 20), (520,)):
+    for rows in ((1,), (1, 1), (3, 1), (2, 20), (520,), (1, 0)):
         x = torch.randn(*rows, inputs, generator=draw).to(dtype)
         for bias in (layer.bias, None):
             layer.bias = bias
@@ -58,23 +58,8 @@ def test_products(dtype, way, outputs, inputs):
             if bias is not None:
                 exact += bias.double()
             assert y.shape == (*rows, outputs) and y.dtype == dtype
-            off = relative_rms(y, exact)
+            off = relative_rms(y, exact) if len(y.flatten()) else 0
             assert off < CLOSE[dtype], f"{rows}, bias {bias is not None}: relative rms error {off:.1e}"
-
-
-@dtypes
-@pytest.mark.parametrize("outputs", [5, 100, 4096, 9001])
-def test_transposed_products(dtype, outputs):
-    """Wᵀ r, float32 in and out, exact also in 16 bits. r as small as SLOT's: float16 would round most
-    of it to zero."""
-    layer, draw = random_layer(outputs, 64, dtype)
-    for size in (1, 1e-7):
-        r = size * torch.randn(outputs, generator=draw)
-        y = linear.transposed(r, layer.weight)
-        assert y.shape == (64,) and y.dtype == torch.float32
-        off = relative_rms(y, r.double() @ layer.weight.double())
-        assert off < CLOSE[torch.float32], f"r of size {size}: relative rms error {off:.1e}"
-    assert (linear.transposed(torch.zeros(outputs), layer.weight) == 0).all()
 
 
 def test_a_slice_is_multiplied_without_a_copy_of_the_weight():
@@ -208,7 +193,7 @@ def test_the_stopwatch_decides(dtype, monkeypatch):
     assert said == ", ".join(sorted({way.__name__ for *_, way in asked}))
     assert [way for *_, way in asked[:4]] != [way for *_, way in asked[4:]]
     for module, choices in ((matrix, asked[:4]), (lm.model.layers[-1].self_attn.o_proj, asked[:4]), (head, asked[4:])):
-        assert list(module.forward.args[1].values()) == [way for *_, way in choices]
+        assert [way.__name__ for way in module.forward.args[1].values()] == [way.__name__ for *_, way in choices]
     with torch.no_grad():
         assert relative_rms(lm(tokens), before) < 10 * CLOSE[dtype]
 
@@ -219,8 +204,8 @@ def test_classes_of_rows(rows, way):
 
 
 def test_fastest(monkeypatch):
-    """The least time wins, but only by the margin; what this torch does not have never does; what took
-    four times as long is not tried again."""
+    """The least time wins, but only by the margin; what this torch does not have never does; what takes
+    four times as long is timed twice; the first time, which warms up, decides nothing."""
     now, calls = [0.0], []
     monkeypatch.setattr(linear.time, "perf_counter", lambda: now[0])
 
@@ -233,15 +218,19 @@ def test_fastest(monkeypatch):
                 raise RuntimeError("no such operation")
             now[0] += times[0]
             times.append(times.pop(0))
+        call.__name__ = name
         return call
+
+    def fastest(*ways):
+        return linear.fastest(ways, None, None).__name__
 
     own, nearly, warms_up = way("own", 10), way("nearly", 9.5), way("warms up", 20, 30, 5, 30)
     slow, missing = way("slow", 50), way("missing")
-    assert linear.fastest([own, nearly, missing, slow], None, None) is own
-    assert calls.count("own") == 4 and calls.count("slow") == 1
-    assert linear.fastest([own, warms_up, missing], None, None) is warms_up
-    assert linear.fastest([own, missing], None, None) is own
-    assert linear.fastest([missing, own], None, None) is own
+    assert fastest(own, nearly, missing, slow) == "own"
+    assert calls.count("own") == 4 and calls.count("slow") == 2
+    assert fastest(own, warms_up, missing) == "warms up"
+    assert fastest(own, missing) == fastest(missing, own) == "own"
+    assert fastest(way("cold", 99, 9, 9, 9), own) == "cold"
 
 
 def test_use_times_what_it_has(monkeypatch):
