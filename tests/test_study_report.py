@@ -209,3 +209,13 @@ def test_slot_only_where_the_cosine_is_high(tmp_path):
     table = report.tables_of(rows)
     cells = "\n".join(report.only_where(table, arguments(tmp_path)))
     assert "| +0.300: 8 of 20 | -0.2000 [-0.3000, -0.1000] | +0.1000 [-0.1000, +0.3000] | 8 / 0 |" in cells
+
+
+@pytest.mark.parametrize("fast, fitting", [(False, 0.1 + 0.3 + 0.2), (True, 0.3 + 0.2)])
+def test_the_time_of_all_fits(fast, fitting):
+    """Two points of a learning rate are two fits of the loop; the closed form passes the one on its way to the other. A
+    control takes the fit of SLOT."""
+    seconds = {"plain": 0, "slot 1 0.1": 0.1, "slot 3 0.1": 0.3, "slot 1 0.01": 0.2, "random 3 0.1": 0.3}
+    rows = [dict(setting=name, seconds=dict(prefill=0.0, fit=100 * fit, decode=10.0)) for name, fit in seconds.items()]
+    lines = report.time_table(rows, [(1, 0.01), (1, 0.1), (3, 0.1)], fast)
+    assert lines[-1].endswith(f"together: {50 + 100 * fitting:.0f} s of fitting and decoding.")
