@@ -48,8 +48,10 @@ def config_of(fields, tensors, dtype):
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors}
     for name, ours in FIELDS.items():
         value = fields.get(f"{family}.{name}")
-        # float32 in the file, where 1e-05 has become 9.99999975e-06.
-        config[ours] = float(str(np.float32(value))) if isinstance(value, float) else value
+        if isinstance(value, float):    # float32 in the file: 1e-05 has become 9.99999975e-06
+            value = float(str(np.float32(value)))
+        if value is not None:           # head_dim may be absent; null is nothing transformers reads
+            config[ours] = value
     if "rope_freqs.weight" in tensors:
         config["rope_scaling"] = llama3_scaling(tensors["rope_freqs.weight"].data, config)
     return config
@@ -59,7 +61,7 @@ def config_of(fields, tensors, dtype):
 def llama3_scaling(slower, config):
     """-> rope_scaling. Llama 3.1 to 3.3 say only how much slower each pair turns, (D/2,)."""
     pairs, factor = np.arange(len(slower)) / len(slower), float(slower.max())
-    turns = 8192 / (2 * np.pi) * (config["rope_theta"] or 1e4) ** -pairs
+    turns = 8192 / (2 * np.pi) * config.get("rope_theta", 1e4) ** -pairs
     kept = ((turns - 1) / 3).clip(0, 1)
     if not np.allclose(slower, 1 / (kept + (1 - kept) / factor), rtol=1e-4):
         raise ValueError("tensor rope_freqs.weight is not that of Llama 3.1, 3.2 or 3.3")

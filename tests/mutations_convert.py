@@ -35,12 +35,12 @@ TABLE = {
         ("convert: no token before Llama 3's texts", 'own.get("add_bos_token", pre == "llama-bpe")',
          'own.get("add_bos_token", False)'),
         ("convert: no chat template", 'fields.get("tokenizer.chat_template")', "None"),
+        ("convert: what the file does not say as null", "if value is not None:", "if True:"),
         ("convert: dtype not in config.json", '"torch_dtype": dtype', '"torch_dtype": "float32"'),
     ],
     ("convert/folder.py", BENCH): [
         ("convert: eps as float32 left it",
-         "config[ours] = float(str(np.float32(value))) if isinstance(value, float) else value",
-         "config[ours] = value"),
+         "value = float(str(np.float32(value)))", "pass"),
     ],
     ("convert/__main__.py", CONVERT): [
         ("convert: written in place", 'whole = Path(scratch, "whole")', "whole = args.folder"),

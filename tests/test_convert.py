@@ -122,6 +122,7 @@ def test_there_and_back(tmp_path, name, kind):
     convert(write(tmp_path / "x.gguf", weights, config, kind), tmp_path / "out")
     found = read_weights(tmp_path / "out")
     assert found.keys() == weights.keys()
+    assert None not in json.loads((tmp_path / "out/config.json").read_text()).values()      # transformers fails on null
     for key, expected in weights.items():
         if expected.ndim > 1:
             expected = dequantize(quantize(expected, kind), kind).astype(np.float32).reshape(expected.shape)
@@ -345,7 +346,7 @@ CASES = {   # what is done to the toy Qwen2 file -> part of the line
     "an end beyond the vocabulary": (dict(tokenizer={"eos_token_id": 96}), "eos_token_id"),
     "an end that is a text": (dict(tokenizer={"eos_token_id": "<eos>"}), "eos_token_id is '<eos>'"),
     "ends that are a list": (dict(tokenizer={"eot_token_id": [1, 2]}), "eot_token_id is [1, 2]"),
-    "no layers": (dict(extra={"qwen2.block_count": None}), "config.json: num_hidden_layers is None"),
+    "no layers": (dict(extra={"qwen2.block_count": None}), "config.json: num_hidden_layers is missing"),
     "absurd layers": (dict(extra={"qwen2.block_count": (1 << 32) - 1}), "num_hidden_layers"),
     "more layers than there are": (dict(extra={"qwen2.block_count": 4000}), "num_hidden_layers is 4000"),
     "absurd heads": (dict(extra={"qwen2.attention.head_count": 7}), "num_attention_heads"),
