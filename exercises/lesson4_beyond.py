@@ -262,7 +262,7 @@ def optimize_deltas(hidden, tokens, mask, lm_head, steps, lr):
             [0.5981, 0.5981]]))
 
     Allowed: torch.optim.AdamW, F.cross_entropy (it wants the logits as (B, V, T-1): transpose, do
-    not reshape), autograd. (A loop over the rows passes, too; see speed/batch.py. Do without.)
+    not reshape), autograd. Not allowed: nothing. (A loop over rows passes, too: speed/batch.py.)
 
     To think about: AdamW divides by the root of the squares, so a factor 1/B in the gradient should
     cancel. Why does the mean over the batch still give another δ than the sum?
