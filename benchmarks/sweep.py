@@ -75,7 +75,6 @@ def products(subject, count, say):
             chosen = linear.way_of(swapped[1], rows).__name__ if swapped else "plain"
             share = min(ms.values()) / ms[chosen]
             found.append(dict(matrix=name, rows=rows, ms=ms, chosen=chosen, share=share))
-            cells = "".join(f"{value:>10.3f}" for value in ms.values())
-            cells += "" if rows == 1 else " " * 10
+            cells = "".join(f"{value:>10.3f}" for value in ms.values()).ljust(10 * len(ways))
             print(f"{name:<32}{rows:>6}{cells}{chosen:>10}{share:>10.2f}")
     return found

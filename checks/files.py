@@ -42,8 +42,8 @@ def refuse(path, what, do="download it again", kind=ValueError):
 
 
 def cache_folder():
-    """Where programs keep what can be made again: XDG_CACHE_HOME, else ~/.cache. For an unknown user
-    without HOME, whom the system gives no such place, a folder that nobody can make."""
+    """Where programs keep what can be made again: XDG_CACHE_HOME, else ~/.cache. For an unknown
+    user without HOME, who has no such place, a folder that nobody can make."""
     home = os.path.expanduser("~")
     if home == "~":
         home = os.devnull
