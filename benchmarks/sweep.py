@@ -58,7 +58,7 @@ def sweep(subject, rates, count, in_child, say):
 def products(subject, count, say):
     """Print ms of every way, and what `linear.use` chose -> a list of rows, for the JSON."""
     lm, found = subject.lm, []
-    ways = *linear.WAYS[lm.lm_head.weight.dtype], linear.vector         # that one for one row
+    ways = linear.ways_for(lm.lm_head.weight.dtype, 1)      # one row has one more
     names = "".join(f"{way.__name__:>10}" for way in ways)
     print(f"\nproducts of {subject.title}, ms\n{'':<32}{'rows':>6}{names}    chosen   best/chosen")
     for name in ("lm_head", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"):
@@ -67,7 +67,7 @@ def products(subject, count, say):
         for rows in ROWS:
             say(f"{subject.title}: {name}, {rows} rows")
             x = torch.randn(rows, W.shape[1]).to(W.dtype)
-            spent = {way: [] for way in ways[:None if rows == 1 else -1]}
+            spent = {way: [] for way in linear.ways_for(W.dtype, rows)}
             for _ in range(count):                  # in turns, so that a slow minute hits all
                 for way, times in spent.items():
                     times.append(timed(lambda: way(x, W, None), 0.05))

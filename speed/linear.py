@@ -49,6 +49,10 @@ BITS_16 = (plain, float32)
 WAYS = {torch.float32: (plain, onednn), torch.bfloat16: BITS_16, torch.float16: BITS_16}
 
 
+def ways_for(dtype, rows):
+    return WAYS.get(dtype, (plain,)) + (vector,) * (rows == 1)
+
+
 def fastest(ways, x, W, rounds=4):
     """-> the way with the least time; ways[0] unless another is faster by the MARGIN."""
     least = dict.fromkeys(ways, math.inf)
@@ -70,7 +74,7 @@ def choices(W, forced):
     """-> {most rows: the way for up to so many}, a way for each of CLASSES."""
     found = {}
     for most, rows in CLASSES.items():
-        ways = WAYS.get(W.dtype, (plain,)) + (vector,) * (rows == 1)
+        ways = ways_for(W.dtype, rows)
         ways = [way for way in ways if way.__name__ == forced] or ways
         found[most] = fastest(ways, torch.randn(rows, W.shape[1]).to(W.dtype), W)
     return found

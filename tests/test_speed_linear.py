@@ -17,7 +17,7 @@ from test_model import load as load_golden
 
 CLOSE = {torch.bfloat16: 0.004, torch.float16: 0.0005, torch.float32: 5e-6}
 SHAPES = [(5, 64), (100, 64), (1024, 64), (2500, 64), (4096, 64), (20001, 64), (16, 4104)]
-EVERY_WAY = [(dtype, way) for dtype, ways in linear.WAYS.items() for way in (*ways, linear.vector)]
+EVERY_WAY = [(dtype, way) for dtype in linear.WAYS for way in linear.ways_for(dtype, 1)]
 
 ways = pytest.mark.parametrize("dtype, way", EVERY_WAY, ids=lambda x: getattr(x, "__name__", str(x)[6:]))
 dtypes = pytest.mark.parametrize("dtype", CLOSE, ids=lambda dtype: str(dtype)[6:])
@@ -238,5 +238,5 @@ def test_use_times_what_it_has(monkeypatch):
     monkeypatch.setattr(linear, "SMALL", 1)
     for name, dtype in (("qwen2", "float32"), ("llama_bf16", "auto")):
         lm = load_model(GOLDEN / name, dtype=dtype)
-        known = {way.__name__ for way in (*linear.WAYS[lm.lm_head.weight.dtype], linear.vector)}
+        known = {way.__name__ for way in linear.ways_for(lm.lm_head.weight.dtype, 1)}
         assert set(linear.use(lm).split(", ")) <= known

@@ -291,7 +291,7 @@ def start(folder, out):
 
 def test_kill_9_loses_nothing_and_repeats_nothing(folder, whole, tmp_path):
     out = tmp_path / "run"
-    for lines in (1, 40, 80):                                           # killed as soon as it has written so many
+    for lines in (1, 17, 40, 80):                                       # killed as soon as it has written so many
         process = start(folder, out)
         while process.poll() is None and (not (out / "results.jsonl").exists() or (out / "results.jsonl").read_bytes().count(b"\n") < lines):
             time.sleep(0.005)
@@ -314,10 +314,11 @@ def test_a_finished_run_only_reports_again(folder, whole, capsys):
     assert (whole / "results.jsonl").read_bytes() == before
 
 
-def test_a_run_of_losses_is_taken_up_in_mid_batch(folder, whole, tmp_path):
+@pytest.mark.parametrize("form", [[], ["--slot-fast"]], ids=["loop", "closed_form"])
+def test_a_run_of_losses_is_taken_up_in_mid_batch(form, folder, whole, tmp_path):
     """Samples that were measured stay; a sample that lacks a setting gets just that one, with the same bits,
     also where the losses of all settings are one product."""
-    arguments = options(folder, tmp_path, "--only", "loss", "--slot-fast")
+    arguments = options(folder, tmp_path, "--only", "loss", *form)
     run.main(parse_arguments(arguments))
     lines = (tmp_path / "results.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "results.jsonl").write_bytes(b"".join(lines[:31]))
