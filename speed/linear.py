@@ -14,11 +14,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CLASSES = {1: 1, 4: 4, 32: 32, 1 << 62: 128}    # up to so many rows of x: timed with so many
+CLASSES = {1: 1, 2: 2, 4: 4, 32: 32, 1 << 62: 64}   # up to so many rows of x: timed with so many
 MARGIN = 0.9            # another way must take less than this share of torch's own time
 HOPELESS = 4            # a way that takes so many times the least is timed twice and no more
 SMALL = 1 << 20         # numbers in the largest matrix: below, any way will do
-PIECE = 1 << 24         # numbers of the head that are timed: more than a core's own cache holds
+PIECE = 1 << 23         # numbers of the head that are timed: more than a core's own cache holds
 
 
 def plain(x, W, b):
@@ -39,9 +39,9 @@ def vector(x, W, b):
 def float32(x, W, b):
     """16 bits multiplied in float32, a block of W at a time: its copy stays in the cache."""
     out = x.new_empty(len(x), len(W))
-    x, rows = x.float(), max(64, (1 << 20) // W.shape[1])
-    for i in range(0, len(W), rows):
-        out[:, i:i + rows] = F.linear(x, W[i:i + rows].float())
+    x, copy = x.float(), torch.empty(max(64, (1 << 20) // W.shape[1]), W.shape[1])
+    for y, block in zip(out.split(len(copy), 1), W.split(len(copy))):
+        y.copy_(F.linear(x, copy[:len(block)].copy_(block)))
     return out if b is None else out + b
 
 
@@ -53,12 +53,12 @@ def ways_for(dtype, rows):
     return WAYS.get(dtype, (plain,)) + (vector,) * (rows == 1)
 
 
-def fastest(ways, x, W, rounds=4):
+def fastest(ways, x, W):
     """-> the way with the least time; ways[0] unless another is faster by the MARGIN."""
     least = dict.fromkeys(ways, math.inf)
-    for turn in range(rounds):                          # in turns; the first warms up
+    for turn in range(3):                               # in turns; the first warms up
         for way in ways:
-            if turn > 1 and least[way] > HOPELESS * min(least.values()):
+            if turn == 2 and least[way] > HOPELESS * min(least.values()):
                 continue
             began = time.perf_counter()
             try:
@@ -83,8 +83,8 @@ def choices(W, forced):
 @torch.no_grad()
 def use(lm):
     """Swap the products of lm's nn.Linear for this machine's fastest; same values up to rounding.
-    -> their names, for the statistics line. Takes 0.1 to 0.3 s for a model of 0.5 B parameters,
-    0.6 where 16 bits are emulated, nothing for a small one or on a GPU."""
+    -> their names, for the statistics line. Takes some 0.3 s for a model of 0.5 B parameters,
+    nothing for a small one or on a GPU."""
     head, matrix = lm.lm_head.weight, lm.model.layers[0].mlp.gate_proj.weight
     forced = os.environ.get("SLOT_PRODUCTS")
     if head.is_cpu and head.numel() < SMALL:
@@ -92,7 +92,6 @@ def use(lm):
     if not head.is_cpu or forced == "plain" or (head.numel() < SMALL and not forced):
         return "plain"
 
-    # what is fastest for the head, which is far larger, may be another way
     of_layers, of_head = choices(matrix, forced), choices(head[:PIECE // head.shape[1]], forced)
     for module in lm.modules():
         if isinstance(module, nn.Linear):
