@@ -5,11 +5,7 @@
     python generate.py --picture out.html               ... and a page of what δ saw and changed
     python generate.py --model smollm2 "Why is the sky blue?" --slot-steps 3
 
-Text goes to stdout, figures to stderr. The method itself is slot.py; from Python:
-
-    lm, tokenizer = load_model("tiny"), load_tokenizer("tiny")
-    ids = tokenizer.chat_ids([{"role": "user", "content": "..."}])
-    for id in generate(lm, ids, 100, steps=3, eos_ids=tokenizer.eos_ids): ...
+Text goes to stdout, figures to stderr. The method is slot.py; README.md calls it from Python.
 """
 import os
 import sys
@@ -21,10 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))        # missing under python -I and -P
 from checks.command import early_signals, run
 from checks.files import check_target, show
-from checks.options import NEW_TOKENS, TINY, parse_arguments
-from checks.prompts import check_length, check_memory, check_text, read_prompts
+from checks.options import NEW_TOKENS, TINY, check_sampling, parse_arguments
+from checks.prompts import check_memory, naming, read_prompts, room_left
 
-COMPARE_PROBLEM = 57            # chosen because SLOT with 5 steps at 0.1 changes its answer
 SHOWN = 6                       # tokens at either end of what δ changes
 TOGETHER = 32                   # prompts answered in one batch
 
@@ -43,19 +38,14 @@ from tokenizer import load_tokenizer
 
 speed = None                    # without speed/ everything works the same, only slower
 if find_spec("speed"):
-    import speed.batch
-    import speed.delta
-    import speed.linear
-    import speed.parallel
+    import speed
 
 
 def sampler(temperature=0.0, top_k=0, top_p=1.0, seed=0):
     """-> a function from logits (V,) float32 to an id: the likeliest, or drawn from
     softmax(logits / temperature), cut to the top_k likeliest (arXiv 1805.04833) and to those that
     together have probability top_p (arXiv 1904.09751). ValueError for impossible settings."""
-    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: they need "
-                         "at least 0, at least 0, and above 0 up to 1")
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return likeliest
     draw = torch.Generator().manual_seed(seed)
@@ -75,25 +65,14 @@ def sampler(temperature=0.0, top_k=0, top_p=1.0, seed=0):
 def drawer(args, seed):
     """sampler(...) as the options say; of many ranks one draws for all."""
     choose = sampler(args.temperature, args.top_k, args.top_p, seed)
-    return speed.parallel.agreed(choose) if args.ranks > 1 else choose
+    return speed.ranks.agreed(choose) if args.ranks > 1 else choose
 
 
 def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
 
-def heldout_problem(args):
-    from tiny.problems import heldout
-    place, why = args.problem or 1, ""
-    if args.compare and not args.problem:
-        place, why = COMPARE_PROBLEM, ", chosen because SLOT changes its answer"
-    problem = heldout("common", place)[-1]
-    args.reference = args.reference or problem.answer
-    say(f"prompt    held-out problem {place} of the embedded model{why}:\n{problem.question}\n")
-    return problem.question
-
-
-def load(args, asked):
+def load(args):
     """-> the model and its tokenizer; says what they are."""
     folder, began = find_model(args.model), time.perf_counter()
     tokenizer = load_tokenizer(folder)
@@ -108,9 +87,6 @@ def load(args, asked):
     say(f"model     {name}: {size:,.1f} M parameters{each}, {str(lm.lm_head.weight.dtype)[6:]}, "
         f"{args.device}, {torch.get_num_threads()} threads, products: {products}, "
         f"loaded in {time.perf_counter() - began:.2f} s")
-    if folder == TINY and asked:
-        say("note      it solves word problems like those of tiny/problems.py and knows nothing "
-            "else; python -m convert smollm2 brings a model to chat with")
     return lm, tokenizer
 
 
@@ -121,13 +97,11 @@ def prompt_ids(args, tokenizer, prompts):
         messages = [{"role": "user", "content": prompt}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        try:
+        with naming(where):                                 # what a chat template does not allow
             if args.raw:
                 found.append(tokenizer.bos_ids + tokenizer.encode(prompt))
             else:
                 found.append(tokenizer.chat_ids(messages))
-        except ValueError as error:                         # what a chat template does not allow
-            raise ValueError(f"{where}{error}") from None
         if len(found) % 1000 == 0:
             say(f"prompt    {len(found):,} of {len(prompts):,} read")
     return found
@@ -141,7 +115,7 @@ def optimizer(args, lm):
         check_delta(args.delta, kept, lm)
         return lambda *_: (kept["delta"].to(args.device), torch.zeros(0))
     if args.slot_fast:
-        fast = speed.parallel if args.ranks > 1 else speed.delta
+        fast = speed.parallel_delta if args.ranks > 1 else speed.delta
         return partial(fast.optimize_delta_fast, memory=int(args.slot_memory * 2**30))
     return optimize_delta
 
@@ -222,59 +196,46 @@ def answer_one(args, lm, tokenizer, tokens, new, fit, draw):
 
 
 def say_where_they_part(tokenizer, plain, steered):
-    pairs = zip(plain + [None], steered + [None])           # None: the end
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    if at is None:
+    if plain == steered:
         return say(f"compare   the same {len(plain)} tokens")
+    at = len(os.path.commonprefix([plain, steered]))        # any lists will do
     words = [repr(tokenizer.decode(ids[at:at + 1])) if ids[at:] else "the end"
              for ids in (plain, steered)]
     say(f"compare   they part at new token {at + 1}: plain {words[0]}, with δ {words[1]}")
 
 
 def answer_together(args, lm, tokenizer, ids, new, fit, draws):
-    """Some prompts in one batch, lists of ids -> their answers, texts."""
-    began = time.perf_counter()
-    choose = likeliest if args.temperature == 0 else [draw() for draw in draws]
-    steps = args.slot_steps or int(args.delta is not None)
-    inputs = lm, ids, new, steps, args.slot_lr, choose, tokenizer.eos_ids, fit
-    answers = [[] for _ in ids]
-    for step in speed.batch.generate_batch(*inputs):
-        for got, id in zip(answers, step):
-            if id is not None:
-                got.append(id)
-    count, seconds = sum(map(len, answers)), time.perf_counter() - began
-    cut = sum(len(got) == new for got in answers)
-    say(f"batch     {len(ids)} prompts, {count} tokens in {seconds:.2f} s; "
-        f"{cut} answers cut at {new} new tokens")
-    return [tokenizer.decode(got, skip_special=True) for got in answers]
+    """Many prompts, lists of ids -> their answers, texts; so many at a time go in one batch."""
+    fitted = args.slot_steps or int(args.delta is not None)
+    for place in range(0, len(ids), TOGETHER):
+        began, part = time.perf_counter(), slice(place, place + TOGETHER)
+        choose = likeliest if args.temperature == 0 else [draw() for draw in draws[part]]
+        inputs = lm, ids[part], new, fitted, args.slot_lr, choose, tokenizer.eos_ids, fit
+        steps = [[None] * len(ids[part]), *speed.batch.generate_batch(*inputs)]
+        answers = [[id for id in column if id is not None] for column in zip(*steps)]
+        count, seconds = sum(map(len, answers)), time.perf_counter() - began
+        cut = sum(len(got) == new for got in answers)
+        say(f"batch     {len(answers)} prompts, {count} tokens in {seconds:.2f} s; "
+            f"{cut} answers cut at {new} new tokens")
+        yield from (tokenizer.decode(got, skip_special=True) for got in answers)
 
 
 def main(args):
-    torchrun = "RANK" in os.environ             # it starts many processes, which form one model
-    if not speed and (args.slot_fast or torchrun):
-        raise ValueError("--slot-fast and torchrun need speed/, and there is none; without them "
-                         "the numbers are the same")
-    args.ranks, first = 1, lambda make: make()
-    if torchrun:
-        args.device, args.ranks, _ = speed.parallel.start(args.device)
-        first = speed.parallel.first
-    for target in (args.save_delta, args.picture):
-        if target is not None:
-            check_target(target)                # before the work
-    asked = first(lambda: read_prompts(args))
-    prompts = asked or [(heldout_problem(args), args.system, "")]
-    check_text(prompts)
+    args.ranks, read = 1, partial(read_prompts, args)
+    if "RANK" in os.environ:                    # torchrun: many processes form one model
+        args.device, args.ranks, _ = speed.ranks.start(args.device)
+    for target in {args.save_delta, args.picture} - {None}:
+        check_target(target)                    # before the work
+    prompts = speed.ranks.first(read) if args.ranks > 1 else read()
     check_device(args.device)
-    lm, tokenizer = load(args, asked)
+    lm, tokenizer = load(args)
     ids = prompt_ids(args, tokenizer, prompts)
-    check_length(ids, prompts, args.max_new_tokens, lm.config)
-    longest = max(map(len, ids))
-    most = lm.config.max_position_embeddings - longest
-    new = args.max_new_tokens or min(NEW_TOKENS, most)
+    room = room_left(ids, prompts, args.max_new_tokens, lm.config)
+    new = args.max_new_tokens or min(NEW_TOKENS, room)
     if args.slot_steps:
         torch.optim.AdamW([torch.zeros(1)])     # the first imports 800 modules: not SLOT's time
         if not args.slot_fast:
-            check_memory(longest, lm.config.vocab_size, args.device)
+            check_memory(max(map(len, ids)), lm.config.vocab_size, args.device)
     fit = optimizer(args, lm)
     draws = [partial(drawer, args, args.seed + place) for place in range(len(ids))]
     if args.picture is not None:                # it looks on from between
@@ -282,21 +243,18 @@ def main(args):
         empty, = prompt_ids(args, tokenizer, [("\0", *prompts[0][1:])])
         picture = Picture(args, lm, tokenizer, empty, fit, draws[0])
         fit, draws = picture.fit, [picture.draw]
-    together = TOGETHER if speed and len(ids) > 1 else 1
+    together = speed and len(ids) > 1 and answer_together(args, lm, tokenizer, ids, new, fit, draws)
     try:
         for place, (prompt, *_) in enumerate(prompts):
-            part = slice(place, place + together)
-            if together > 1 and place % together == 0:
-                answers = answer_together(args, lm, tokenizer, ids[part], new, fit, draws[part])
+            text = next(together) if together else None
             if len(ids) > 1:
                 print(f"--- {place + 1} of {len(ids)}: {show(prompt)} ---", flush=True)
-            if together > 1:
-                print(answers[place % together], flush=True)
+            if together:
+                print(text, flush=True)
             else:
                 answer_one(args, lm, tokenizer, ids[place], new, fit, draws[place])
         if args.picture is not None:
-            picture.write()
-            say(f"picture   {show(Path(args.picture))}")
+            say(f"picture   {picture.write()}")
     except ValueError:
         check_finite(lm)                        # the better reason, where a weight is the cause
         raise

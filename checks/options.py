@@ -1,5 +1,6 @@
 """The options of generate.py, and which values they take. Judged before torch is imported."""
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from checks.command import Parser, number
@@ -69,6 +70,15 @@ def check_options(parser, args):
             (args.reference is not None and args.picture is None, "--reference needs --picture"),
             ("RANK" in os.environ and any(
                 path is not None for path in (args.delta, args.save_delta, args.picture)),
-             "--delta, --save-delta and --picture are for one process, without torchrun")):
+             "--delta, --save-delta and --picture are for one process, without torchrun"),
+            ((args.slot_fast or "RANK" in os.environ) and not find_spec("speed"),
+             "--slot-fast and torchrun need speed/, and there is none; without them the numbers "
+             "are the same")):
         if wrong:
             parser.error(why)
+
+
+def check_sampling(temperature, top_k, top_p):
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: they need "
+                         "at least 0, at least 0, and above 0 up to 1")

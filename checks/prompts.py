@@ -6,21 +6,45 @@ import re
 import select
 import stat
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from checks.files import regular_file, show
+from checks.options import TINY
+
+COMPARE_PROBLEM = 57            # chosen because SLOT with 5 steps at 0.1 changes its answer
+
+
+def say(words):
+    print(words, file=sys.stderr, flush=True)
 
 
 def read_prompts(args):
-    """-> [(prompt, system or None, where)] from --prompts, the arguments or a pipe; [] if there is
-    none. where: what a message about it begins with, "" or the line of the file."""
+    """-> [(prompt, system or None, where)] from --prompts, the arguments or a pipe, else a held-out
+    problem of tiny/. where: what a message about it begins with, "" or the line of the file."""
     if args.prompts is not None:
-        return read_lines(args.prompts, args.system)
-    texts = [read_stdin() if text == "-" else text for text in args.prompt]
-    if not texts and not args.problem:
-        text = piped()
-        texts = [text] if text else []
-    return [(text, args.system, "") for text in texts]
+        prompts = read_lines(args.prompts, args.system)
+    else:
+        texts = [read_stdin() if text == "-" else text for text in args.prompt]
+        texts = texts or (not args.problem and piped()) or []
+        prompts = [(text, args.system, "") for text in texts or [heldout_problem(args)]]
+    check_text(prompts)
+    if args.model == str(TINY) and (args.prompts is not None or texts):
+        say("note      the embedded model solves word problems like those of tiny/problems.py and "
+            "knows nothing else; python -m convert smollm2 brings a model to chat with")
+    return prompts
+
+
+def heldout_problem(args):
+    """The text of --problem N. --reference is its answer, unless another was given."""
+    from tiny.problems import heldout
+    place, why = args.problem or 1, ""
+    if args.compare and not args.problem:
+        place, why = COMPARE_PROBLEM, ", chosen because SLOT changes its answer"
+    problem = heldout("common", place)[-1]
+    args.reference = args.reference or problem.answer
+    say(f"prompt    held-out problem {place} of the embedded model{why}:\n{problem.question}\n")
+    return problem.question
 
 
 def read_stdin():
@@ -32,16 +56,17 @@ def read_stdin():
 
 
 def piped():
-    """The text that a pipe or a file brings by now, or None: a terminal is never waited for."""
+    """[the text that a pipe or a file brings by now], or []: a terminal is never waited for."""
     try:
         kind = os.fstat(sys.stdin.fileno()).st_mode
         ready = stat.S_ISFIFO(kind) or stat.S_ISREG(kind)
         if ready and select.select([sys.stdin], [], [], 0.2)[0]:
-            return read_stdin().strip("\n") or None
+            text = read_stdin().strip("\n")
+            return [text] if text else []
     except (OSError, AttributeError, ValueError) as error:      # closed, or not a real file
         if "UTF-8" in str(error):
             raise
-    return None
+    return []
 
 
 def read_lines(path, system):
@@ -92,8 +117,18 @@ def check_text(prompts):
                              f"({show(half[0])}); pass valid UTF-8")
 
 
-def check_length(ids, prompts, new, config):
-    """ids: of each prompt a list. new: how many new ones are wanted; None: as many as fit."""
+@contextmanager
+def naming(where):
+    """What is wrong in this block is said with its place before it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+
+
+def room_left(ids, prompts, new, config):
+    """-> how many new tokens fit behind the longest prompt. ids: of each prompt a list. new: how
+    many are wanted, or None."""
     most, longest = config.max_position_embeddings, max(map(len, ids))
     for tokens, (_, _, where) in zip(ids, prompts):
         count = len(tokens)
@@ -110,6 +145,7 @@ def check_length(ids, prompts, new, config):
         if not all(0 <= id < config.vocab_size for id in tokens):
             raise ValueError(f"{where}the prompt has a token id outside the model's vocabulary of "
                              f"{config.vocab_size}")
+    return most - longest
 
 
 def check_memory(length, vocabulary, device):

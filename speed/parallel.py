@@ -14,95 +14,22 @@ bits, and so hidden states, δ, logits and ids are the same everywhere. h is who
 only looked up; in a tied model the head is a part of it and costs nothing.
 
 slot.py runs as it stands. `Head` gives it whole logits, so that any loss that a reader writes into
-it works, and sums δ's gradient. For long prompts there is the closed form, where a rank has its own
-logits only. How numbers travel is torch's affair: NCCL between GPUs, gloo between CPUs.
+it works, and sums δ's gradient. For long prompts there is parallel_delta.py, where a rank has its
+own logits only. How the ranks talk: ranks.py.
 
-Letters: T tokens of the prompt, n = T - 1 of them predict one, d width, V vocabulary.
+Letters: T tokens of the prompt, d width, V vocabulary.
 """
-import os
-import sys
-import traceback
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 import load_weights
-from checks.ranks import check_parts, check_ranks
-from speed.delta import transposed
+from checks.ranks import check_parts
+from speed.ranks import rank, size, total
 
-TIMEOUT = timedelta(minutes=10)     # a rank that is silent for so long is taken for dead
-
-
-# ---- ranks
-
-def start(device, ranks=None):
-    """Join the ranks of one model -> this rank's device, how many ranks, and which model: 0, 1, ...
-
-    ranks: so many form a model (default: all); the next as many form another, which knows nothing
-    of the first. Only the first rank of each prints. ValueError if the numbers do not fit.
-    """
-    check_ranks(os.environ, device, ranks)
-    place, world, local = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    ranks = ranks or world
-    model, own = divmod(place, ranks)
-    store, _, _ = together(next, dist.rendezvous("env://", timeout=TIMEOUT))
-    together(dist.init_process_group, store=dist.PrefixStore(f"model {model}", store), rank=own,
-             world_size=ranks, timeout=TIMEOUT)
-    if own > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")         # errors know sys.__stderr__
-        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
-    return f"cuda:{local}" if device == "cuda" else device, ranks, model
-
-
-def size():
-    """How many ranks form the model: 1 without torchrun."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank():
-    """Which of them this one is."""
-    return dist.get_rank() if size() > 1 else 0
-
-
-def together(operation, *arguments, **more):
-    """Whatever needs the other ranks. ConnectionError, one line, if one of them is gone."""
-    try:
-        return operation(*arguments, **more)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0].split("] ", 1)[-1][:60]
-        raise ConnectionError(f"another rank has ended or does not answer ({reason}); see what it "
-                              "says, then start all of them again") from None
-
-
-def total(x, **operation):
-    """x becomes its sum over all ranks -> x, with the same bits on each. op=...: or the maximum."""
-    together(dist.all_reduce, x, **operation)
-    return x
-
-
-def first(make):
-    """What make() returns on rank 0, on every rank: standard input has one reader."""
-    box = [make() if rank() == 0 else None]
-    if size() > 1:
-        together(dist.broadcast_object_list, box)
-    return box[0]
-
-
-def agreed(choose):
-    """choose: logits (V,) -> id. The same for all ranks: rank 0 draws and tells the others."""
-    def told(logits):
-        id = torch.tensor(choose(logits) if rank() == 0 else 0)
-        together(dist.broadcast, id, 0)
-        return id.item()
-    return told if size() > 1 else choose
-
-
-# ---- the model in parts
 
 def share(count):
     """-> the slice of `count` rows that this rank keeps; parts differ by one row at most."""
@@ -193,59 +120,3 @@ class WholeLogits(torch.autograd.Function):
     def backward(ctx, gradient):
         head = ctx.head
         return total((gradient[..., head.mine] @ head.weight).float()), None
-
-
-# ---- SLOT in closed form
-
-@torch.no_grad()
-def optimize_delta_fast(hidden, tokens, head, steps, lr, memory=1 << 30, watch=None):
-    """speed.delta.optimize_delta_fast for a `Head`: same arguments, same results, on every rank.
-
-    A rank has the columns of its own tokens of z = W(h + δ), nobody has all. Over the ranks go, in
-    every step, the maximum and the partition sum of each position, and the gradient of δ. memory:
-    bytes for z and its like; W h is made anew in every step where it does not fit.
-    """
-    W, device = head.weight, hidden.device
-    h, n = hidden[0, :-1], hidden.shape[1] - 1
-    x = torch.tensor(list(tokens[1:]), dtype=torch.int64, device=device) - head.mine.start
-    rows = max(1, min(memory // (16 * len(W)), n))              # positions at a time
-    blocks = list(zip(h.split(rows), x.split(rows)))
-    kept = F.linear(h, W).float() if len(blocks) == 1 else None
-
-    delta = torch.zeros(1, 1, hidden.shape[-1], device=device)
-    optimizer = torch.optim.AdamW([delta], lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=1e-8)
-    losses = []
-    for step in range(steps + 1):
-        b = F.linear(delta[0].to(W.dtype), W).float()                       # W δ (1, V/N)
-        loss, r = torch.zeros((), device=device), torch.zeros_like(b[0])
-        for part_h, part_x in blocks:
-            Wh = F.linear(part_h, W).float() if kept is None else kept
-            loss += loss_and_difference(Wh + b, part_x, r)
-        losses.append(loss / n)
-        if watch:
-            watch(step, delta.clone())
-        if step < steps:                                        # the last round only measures
-            delta.grad = total(transposed(r / max(n, 1), W))[None, None]
-            optimizer.step()
-
-    if total((~b.isfinite()).sum()) > 0:                        # on whichever rank
-        raise ValueError(f"SLOT: δ leaves {W.dtype}'s range at lr {lr:g}; take a lower one")
-    return delta, torch.stack(losses)
-
-
-def loss_and_difference(z, x, r):
-    """z (rows, V/N): the logits of this rank's tokens. x (rows,): the token that came next, 0 being
-    the first of this rank. Adds prediction minus truth to r (V/N,) -> the sum of the losses."""
-    here = ((x >= 0) & (x < z.shape[1])).nonzero()[:, 0]        # positions whose token is ours
-    right = x[here]
-    z -= total(z.amax(1), op=dist.ReduceOp.MAX)[:, None]
-    log_a = z.new_zeros(len(z))
-    log_a[here] = z[here, right]
-    E = z.exp_()
-    E[here, right] = 0                                          # the right token apart: delta.py
-    others, log_a = total(torch.stack((E.sum(1), log_a)))       # over all V
-    a = log_a.exp()
-    s = others + a
-    r.addmv_(E.T, 1 / s)
-    r.index_add_(0, right, -(others / s)[here])
-    return torch.where(a > others, (others / a).log1p(), s.log() - log_a).sum()

@@ -28,9 +28,7 @@ from study.tasks import TASKS
 
 speed = None                                # without speed/ prompts are answered one by one
 if find_spec("speed"):
-    import speed.batch
-    import speed.delta
-    import speed.parallel
+    import speed
 
 KEPT = 1 << 27                              # logits of one text that are kept; blocks of as many
 PIECE = 1 << 20                             # logits judged at once: they stay in the cache
@@ -90,7 +88,7 @@ class Text:
         residual = residual[getattr(self.lm_head, "mine", slice(None))]     # a rank's own rows
         parts = zip(residual.split(1 << 14), weight.split(1 << 14))         # small float32 copies
         gradient = sum(r @ w.float() for r, w in parts)
-        return gradient if len(residual) == self.vocabulary else speed.parallel.total(gradient)
+        return gradient if len(residual) == self.vocabulary else speed.ranks.total(gradient)
 
 
 def unigram(ids, like):
@@ -111,7 +109,7 @@ class Study:
         self.problems, self.new = problems, new
         self.optimize = slot.optimize_delta
         if args.slot_fast:
-            fast = speed.parallel if args.tensor_parallel > 1 else speed.delta
+            fast = speed.parallel_delta if args.tensor_parallel > 1 else speed.delta
             self.optimize = fast.optimize_delta_fast
         kinds = dict.fromkeys(p.kind for p in problems)
         self.groups = [[i for i, p in enumerate(problems) if p.kind == kind] for kind in kinds]

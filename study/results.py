@@ -21,7 +21,8 @@ SOURCE = ("slot.py", "generate.py", "model.py", "load_weights.py", "tokenizer/*.
 
 def source_digests(fast, slot_file, parallel=False):
     """{file: digest} of the code that makes the numbers."""
-    patterns = [*SOURCE] + ["speed/delta.py"] * fast + ["speed/parallel.py"] * parallel
+    patterns = [*SOURCE] + ["speed/delta.py"] * fast
+    patterns += ["speed/parallel*.py", "speed/ranks.py"] * parallel
     paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     found = {path.relative_to(ROOT).as_posix(): digest(path) for path in paths}
     return found | ({"--slot-file": digest(slot_file)} if slot_file else {})

@@ -19,8 +19,7 @@ from tokenizer import load_tokenizer
 
 speed = None                                # without speed/ the numbers are the same
 if util.find_spec("speed"):
-    import speed.linear
-    import speed.parallel
+    import speed
 
 
 def main(args):
@@ -47,11 +46,11 @@ def main(args):
                          "leave it out")
 
     names, kinds = [setting.name for setting in settings], [p.kind for p in problems]
-    writes = ranks == 1 or speed.parallel.rank() == 0
+    writes = ranks == 1 or speed.ranks.rank() == 0
     results = Results(args.out if writes else None, what_decides(study, folder), kinds, names,
                       not args.only, replica)
     if ranks > 1:
-        results.rows = speed.parallel.first(lambda: results.rows)
+        results.rows = speed.ranks.first(lambda: results.rows)
     batches = batches_of(study)[replica::replicas]
     own = {sample for batch in batches for sample in batch}
     there = [row for row in results.rows.values() if row["sample"] in own]
@@ -91,7 +90,7 @@ def place_of(args):
         return args.device, 1, 0, 1
     if not speed:                               # torchrun: replicas that share the samples
         raise ValueError("torchrun needs speed/, which is not there; start one process")
-    device, ranks, replica = speed.parallel.start(args.device, args.tensor_parallel)
+    device, ranks, replica = speed.ranks.start(args.device, args.tensor_parallel)
     replicas = int(os.environ["WORLD_SIZE"]) // ranks
     if replicas > 1 and not args.out:
         raise ValueError("replicas share their results in a folder: give --out")

@@ -175,8 +175,8 @@ TABLE = {
          "torch.where(a > others, (others / a).log1p(), s.log() - log_a).sum()", "(s.log() - log_a).sum()"),
     ],
     ("speed/linear.py", LINEAR): [
-        ("16-bit product in blocks: every block from the first rows", "W[i:i + rows].float()",
-         "W[:len(W[i:i + rows])].float()"),
+        ("16-bit product in blocks: every block from the first rows", "copy[:len(block)].copy_(block)",
+         "copy[:len(block)].copy_(W[:len(block)])"),
         ("bias dropped where 16 bits go by way of float32", "return out if b is None else out + b",
          "return out"),
         ("bias dropped by oneDNN", 'pointwise(x, W, b, "none"', 'pointwise(x, W, None, "none"'),
@@ -230,7 +230,6 @@ TABLE = {
          "torch.multinomial(p, 1)"),
         ("a temperature of nearly nothing in float32", "logits = logits.cpu().double()",
          "logits = logits.cpu()"),
-        ("a negative temperature", "if not (temperature >= 0 and", "if not ("),
     ],
     ("generate.py", f"{GENERATE} -k not slot_file and not first_command and not as_it_is_made"): [
         ("the closed form without being asked", "    if args.slot_fast:\n        fast =",
@@ -251,7 +250,7 @@ TABLE = {
         ("an answer that was cut does not say so", "if len(got) == new:", "if False:"),
         ("a delta of another model", "        check_delta(args.delta, kept, lm)\n", ""),
         ("prompts of the second batch get the answers of the first", "ids[part], new",
-         "ids[:together], new"),
+         "ids[:TOGETHER], new"),
         ("system text forgotten", 'messages.insert(0, {"role": "system", "content": system})', "pass"),
     ],
 }

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import slot
-from speed import parallel
+from speed import parallel, parallel_delta, ranks
 
 
 def memory(*keys):
@@ -31,7 +31,7 @@ def reset_peak():
 
 def main():
     folder, length = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 24
-    parallel.start("cpu")
+    ranks.start("cpu")
     torch.optim.AdamW([torch.zeros(1)])                     # imports 800 modules
     reset_peak()
     before, = memory("VmRSS")
@@ -45,14 +45,14 @@ def main():
     found["anon"] = memory("RssAnon")[0]
     reset_peak()
     tokens = torch.arange(length).tolist()
-    for name, optimize in (("loop", slot.optimize_delta), ("fast", parallel.optimize_delta_fast)):
+    for name, optimize in (("loop", slot.optimize_delta), ("fast", parallel_delta.optimize_delta_fast)):
         began = time.perf_counter()
         hidden, cache = slot.prefill(lm, tokens, 4)
         delta, losses = optimize(hidden, tokens, lm.lm_head, 3, 0.01)
-        ids = list(slot.decode(lm, hidden, cache, 4, delta, parallel.agreed(slot.likeliest)))
+        ids = list(slot.decode(lm, hidden, cache, 4, delta, ranks.agreed(slot.likeliest)))
         found |= {f"{name}_s": time.perf_counter() - began, f"{name}_losses": losses.tolist(), f"{name}_ids": ids}
         found[f"{name}_peak"] = memory("VmHWM")[0] - before
-    parallel.together(torch.distributed.barrier)
+    ranks.together(torch.distributed.barrier)
     print(json.dumps(found), file=sys.__stdout__, flush=True)
 
 

@@ -15,7 +15,7 @@ import slot
 import speed.batch
 import speed.delta
 from generate import sampler
-from speed import parallel
+from speed import parallel, parallel_delta, ranks
 
 STEPS, LR, NEW = 4, 0.1, 8
 
@@ -45,12 +45,12 @@ def answers(lm, fast, choose, rank=0):
 
 def main():
     out, *folders = sys.argv[1:]
-    parallel.start("cpu")
+    ranks.start("cpu")
     rank, found = dist.get_rank(), {}
     for folder in folders:
         torch.manual_seed(rank)                 # nothing may come from torch's own generator
         lm, words = parallel.load_model(folder, dtype="float32")
-        found[folder] = answers(lm, parallel.optimize_delta_fast, parallel.agreed, rank)
+        found[folder] = answers(lm, parallel_delta.optimize_delta_fast, ranks.agreed, rank)
         found[folder]["words"] = words
         found[folder]["rows"] = {name: len(weight) for name, weight in lm.named_parameters()}
         found[folder]["heads in cache"] = lm.config.num_key_value_heads
@@ -65,7 +65,7 @@ def half_precision(folder):
     tokens = prompts_of(lm.config)[0]
     hidden, _ = slot.prefill(lm, tokens, 0)
     return [optimize(hidden, tokens, lm.lm_head, STEPS, LR)
-            for optimize in (slot.optimize_delta, parallel.optimize_delta_fast)]
+            for optimize in (slot.optimize_delta, parallel_delta.optimize_delta_fast)]
 
 
 def beyond_the_range(folder, rank):
@@ -76,7 +76,7 @@ def beyond_the_range(folder, rank):
     tokens = prompts_of(lm.config)[0]
     hidden, _ = slot.prefill(lm, tokens, 0)
     try:
-        parallel.optimize_delta_fast(hidden, tokens, lm.lm_head, 1, 100.0)
+        parallel_delta.optimize_delta_fast(hidden, tokens, lm.lm_head, 1, 100.0)
     except ValueError as error:
         return str(error)
 

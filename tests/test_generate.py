@@ -132,7 +132,7 @@ def test_a_prompt_of_ones_own():
     assert "held-out" not in result.err
     piped = run("--max-new-tokens", 1, stdin=APPLES.encode())
     for each in (result, piped):
-        assert "it solves word problems" in each.err, "the embedded model says what it is for"
+        assert "the embedded model solves word problems" in each.err, "the embedded model says what it is for"
 
 
 def test_where_a_prompt_may_come_from(model):

@@ -270,8 +270,8 @@ def test_a_rank_that_dies_ends_the_others(dead):
 
 def test_a_rank_that_hangs_ends_the_others():
     """Stopped, not ended: nothing tells the others but the clock, here set to two seconds."""
-    code = ("import sys; from datetime import timedelta; from speed import parallel; "
-            "parallel.TIMEOUT = timedelta(seconds=2); import generate; from checks.command import run; "
+    code = ("import sys; from datetime import timedelta; from speed import ranks; "
+            "ranks.TIMEOUT = timedelta(seconds=2); import generate; from checks.command import run; "
             f"run(generate.main, generate.parse_arguments({LONG[1:]!r}))")
     processes = start(2, "-c", code)
     wait_for(processes[0], "prefill")

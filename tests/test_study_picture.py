@@ -20,6 +20,7 @@ import torch
 import generate
 import slot
 from checks.options import parse_arguments
+from checks.prompts import COMPARE_PROBLEM
 from hostile import ROOT, build, command, write
 from load_weights import load_model, read_safetensors
 from study.measure import unigram
@@ -235,7 +236,7 @@ def test_it_changes_nothing(tmp_path, capsys):
 def test_the_default_problem_brings_its_answer(tmp_path):
     from tiny.problems import heldout
     _, data = page_of(tmp_path / "page.html")
-    problem = heldout("common", generate.COMPARE_PROBLEM)[-1]
+    problem = heldout("common", COMPARE_PROBLEM)[-1]
     tokenizer = load_tokenizer(TINY)
     assert problem.question in "".join(data["prompt"])
     assert len(data["unseen"][0]) == len(tokenizer.encode(problem.answer))
