@@ -12,6 +12,7 @@ import sys
 import time
 from functools import partial
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))        # missing under python -I and -P
@@ -33,12 +34,16 @@ import torch
 from checks.delta_file import check_delta, fingerprint
 from checks.weights import check_device, check_finite
 from load_weights import find_model, load_model, read_safetensors, write_safetensors
+# generate: for those who import it from here
 from slot import decode, generate, likeliest, optimize_delta, prefill, steer  # noqa: F401
 from tokenizer import load_tokenizer
 
 speed = None                    # without speed/ everything works the same, only slower
 if find_spec("speed"):
-    import speed
+    import speed.batch
+    import speed.linear
+    import speed.parallel
+    import speed.parallel_delta         # and with it delta, ranks
 
 
 def sampler(temperature=0.0, top_k=0, top_p=1.0, seed=0):
@@ -87,6 +92,9 @@ def load(args):
     say(f"model     {name}: {size:,.1f} M parameters{each}, {str(lm.lm_head.weight.dtype)[6:]}, "
         f"{args.device}, {torch.get_num_threads()} threads, products: {products}, "
         f"loaded in {time.perf_counter() - began:.2f} s")
+    if folder == TINY and not args.problem:
+        say("note      it solves word problems like those of tiny/problems.py and knows nothing "
+            "else; python -m convert smollm2 brings a model to chat with")
     return lm, tokenizer
 
 
@@ -198,21 +206,24 @@ def answer_one(args, lm, tokenizer, tokens, new, fit, draw):
 def say_where_they_part(tokenizer, plain, steered):
     if plain == steered:
         return say(f"compare   the same {len(plain)} tokens")
-    at = len(os.path.commonprefix([plain, steered]))        # any lists will do
+    at = next(i for i, (a, b) in enumerate(zip_longest(plain, steered)) if a != b)
     words = [repr(tokenizer.decode(ids[at:at + 1])) if ids[at:] else "the end"
              for ids in (plain, steered)]
     say(f"compare   they part at new token {at + 1}: plain {words[0]}, with δ {words[1]}")
 
 
 def answer_together(args, lm, tokenizer, ids, new, fit, draws):
-    """Many prompts, lists of ids -> their answers, texts; so many at a time go in one batch."""
-    fitted = args.slot_steps or int(args.delta is not None)
+    """Yields the answers, texts, in order; TOGETHER prompts, lists of ids, go in one batch."""
+    steps = args.slot_steps or int(args.delta is not None)      # with a kept δ: any but 0
     for place in range(0, len(ids), TOGETHER):
         began, part = time.perf_counter(), slice(place, place + TOGETHER)
         choose = likeliest if args.temperature == 0 else [draw() for draw in draws[part]]
-        inputs = lm, ids[part], new, fitted, args.slot_lr, choose, tokenizer.eos_ids, fit
-        steps = [[None] * len(ids[part]), *speed.batch.generate_batch(*inputs)]
-        answers = [[id for id in column if id is not None] for column in zip(*steps)]
+        inputs = lm, ids[part], new, steps, args.slot_lr, choose, tokenizer.eos_ids, fit
+        answers = [[] for _ in ids[part]]
+        for new_ids in speed.batch.generate_batch(*inputs):
+            for got, id in zip(answers, new_ids):
+                if id is not None:
+                    got.append(id)
         count, seconds = sum(map(len, answers)), time.perf_counter() - began
         cut = sum(len(got) == new for got in answers)
         say(f"batch     {len(answers)} prompts, {count} tokens in {seconds:.2f} s; "
@@ -221,11 +232,13 @@ def answer_together(args, lm, tokenizer, ids, new, fit, draws):
 
 
 def main(args):
-    args.ranks, read = 1, partial(read_prompts, args)
+    args.ranks = 1
     if "RANK" in os.environ:                    # torchrun: many processes form one model
         args.device, args.ranks, _ = speed.ranks.start(args.device)
-    for target in {args.save_delta, args.picture} - {None}:
-        check_target(target)                    # before the work
+    for target in (args.save_delta, args.picture):
+        if target is not None:
+            check_target(target)                # before the work
+    read = partial(read_prompts, args)
     prompts = speed.ranks.first(read) if args.ranks > 1 else read()
     check_device(args.device)
     lm, tokenizer = load(args)
@@ -243,18 +256,21 @@ def main(args):
         empty, = prompt_ids(args, tokenizer, [("\0", *prompts[0][1:])])
         picture = Picture(args, lm, tokenizer, empty, fit, draws[0])
         fit, draws = picture.fit, [picture.draw]
-    together = speed and len(ids) > 1 and answer_together(args, lm, tokenizer, ids, new, fit, draws)
+    answers = None
+    if speed and len(ids) > 1:
+        answers = answer_together(args, lm, tokenizer, ids, new, fit, draws)
     try:
         for place, (prompt, *_) in enumerate(prompts):
-            text = next(together) if together else None
+            text = next(answers) if answers else None   # the first of a batch computes it
             if len(ids) > 1:
                 print(f"--- {place + 1} of {len(ids)}: {show(prompt)} ---", flush=True)
-            if together:
+            if answers:
                 print(text, flush=True)
             else:
                 answer_one(args, lm, tokenizer, ids[place], new, fit, draws[place])
         if args.picture is not None:
-            say(f"picture   {picture.write()}")
+            picture.write()
+            say(f"picture   {show(Path(args.picture))}")
     except ValueError:
         check_finite(lm)                        # the better reason, where a weight is the cause
         raise

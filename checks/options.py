@@ -79,6 +79,7 @@ def check_options(parser, args):
 
 
 def check_sampling(temperature, top_k, top_p):
+    """For those who call `sampler` from Python; the command line has checked."""
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: they need "
                          "at least 0, at least 0, and above 0 up to 1")

@@ -10,40 +10,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from checks.files import regular_file, show
-from checks.options import TINY
 
 COMPARE_PROBLEM = 57            # chosen because SLOT with 5 steps at 0.1 changes its answer
 
 
-def say(words):
-    print(words, file=sys.stderr, flush=True)
-
-
 def read_prompts(args):
     """-> [(prompt, system or None, where)] from --prompts, the arguments or a pipe, else a held-out
-    problem of tiny/. where: what a message about it begins with, "" or the line of the file."""
+    problem of tiny/. where: what a message about it begins with, "" or the line of the file.
+    ValueError names what cannot be read or is no Unicode."""
     if args.prompts is not None:
         prompts = read_lines(args.prompts, args.system)
     else:
         texts = [read_stdin() if text == "-" else text for text in args.prompt]
-        texts = texts or (not args.problem and piped()) or []
+        if not texts and not args.problem:
+            texts = piped()
         prompts = [(text, args.system, "") for text in texts or [heldout_problem(args)]]
     check_text(prompts)
-    if args.model == str(TINY) and (args.prompts is not None or texts):
-        say("note      the embedded model solves word problems like those of tiny/problems.py and "
-            "knows nothing else; python -m convert smollm2 brings a model to chat with")
     return prompts
 
 
 def heldout_problem(args):
-    """The text of --problem N. --reference is its answer, unless another was given."""
+    """The text of --problem N, or else of a good first one, which becomes args.problem; its answer
+    becomes args.reference, unless there is one."""
     from tiny.problems import heldout
-    place, why = args.problem or 1, ""
-    if args.compare and not args.problem:
-        place, why = COMPARE_PROBLEM, ", chosen because SLOT changes its answer"
-    problem = heldout("common", place)[-1]
+    why = ""
+    if not args.problem:
+        args.problem = COMPARE_PROBLEM if args.compare else 1
+        why = ", chosen because SLOT changes its answer" * args.compare
+    problem = heldout("common", args.problem)[-1]
     args.reference = args.reference or problem.answer
-    say(f"prompt    held-out problem {place} of the embedded model{why}:\n{problem.question}\n")
+    print(f"prompt    held-out problem {args.problem} of the embedded model{why}:\n"
+          f"{problem.question}\n", file=sys.stderr, flush=True)
     return problem.question
 
 
@@ -128,7 +125,8 @@ def naming(where):
 
 def room_left(ids, prompts, new, config):
     """-> how many new tokens fit behind the longest prompt. ids: of each prompt a list. new: how
-    many are wanted, or None."""
+    many are wanted, or None. ValueError for a prompt that is empty, too long, or not of this
+    vocabulary."""
     most, longest = config.max_position_embeddings, max(map(len, ids))
     for tokens, (_, _, where) in zip(ids, prompts):
         count = len(tokens)

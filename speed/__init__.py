@@ -1,1 +1,0 @@
-from speed import batch, delta, linear, parallel, parallel_delta, ranks  # noqa: F401

@@ -1,6 +1,7 @@
 """SLOT in closed form for a model in parts: delta.py where a rank has the logits of its own tokens.
 
-Letters: n positions predict a token, d width, V vocabulary, of which a rank has V/N.
+Letters: n positions predict a token, d width, V vocabulary, of which each of N ranks has V/N rows;
+z, x, a, s, r as in delta.py.
 """
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from speed.ranks import total
 
 @torch.no_grad()
 def optimize_delta_fast(hidden, tokens, head, steps, lr, memory=1 << 30, watch=None):
-    """speed.delta.optimize_delta_fast for a `Head`: same arguments, same results, on every rank.
+    """delta.optimize_delta_fast for parallel.py's `Head`: same arguments and results on every rank.
 
     A rank has the columns of its own tokens of z = W(h + δ), nobody has all. Over the ranks go, in
     every step, the maximum and the partition sum of each position, and the gradient of δ. memory:

@@ -1,6 +1,6 @@
 """What the ranks of one model say to each other. torchrun starts them: N processes, each with
 RANK, WORLD_SIZE and LOCAL_RANK in its environment; torch.distributed carries the numbers, by NCCL
-between GPUs, by gloo between CPUs. What they are one model of: parallel.py.
+between GPUs, by gloo between CPUs. How they share one model: parallel.py.
 """
 import os
 import sys

@@ -28,7 +28,10 @@ from study.tasks import TASKS
 
 speed = None                                # without speed/ prompts are answered one by one
 if find_spec("speed"):
-    import speed
+    import speed.batch
+    import speed.delta
+    import speed.parallel_delta
+    import speed.ranks
 
 KEPT = 1 << 27                              # logits of one text that are kept; blocks of as many
 PIECE = 1 << 20                             # logits judged at once: they stay in the cache

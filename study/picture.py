@@ -9,7 +9,6 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import slot
-from checks.files import show
 from study.measure import unigram
 from study.results import write_whole
 
@@ -96,10 +95,8 @@ class Picture:
             unseen=unseen, tops=tops, shifts=shifts, answers=self.answers)
 
     def write(self):
-        """-> the page's place, to be shown."""
         data = json.loads(json.dumps(self.data()), parse_float=lambda x: round(float(x), 5))
         data = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
         page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
         page = page.replace("{n}", os.urandom(16).hex()).replace("{data}", data)
         write_whole(Path(self.args.picture), page.encode(errors="replace"))
-        return show(Path(self.args.picture))

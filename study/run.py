@@ -19,7 +19,9 @@ from tokenizer import load_tokenizer
 
 speed = None                                # without speed/ the numbers are the same
 if util.find_spec("speed"):
-    import speed
+    import speed.linear
+    import speed.parallel
+    import speed.ranks
 
 
 def main(args):

@@ -144,8 +144,8 @@ TABLE = {
         ("a temperature of 1e-46 in float32", "logits = logits.cpu().double()", "logits = logits.cpu()"),
     ],
     ("generate.py", f"{COMMAND} -k saved"): [
-        ("a device to be written is not looked for before the work", "        check_target(target)",
-         "        pass  #"),
+        ("a device to be written is not looked for before the work", "            check_target(target)",
+         "            pass  #"),
     ],
     ("checks/options.py", "tests/test_generate.py -k impossible"): [
         ("a negative temperature", "if not (temperature >= 0 and", "if not ("),

@@ -216,7 +216,7 @@ TABLE = {
          "optimize = slot.optimize_delta"),
         ("batch: NaN among the logits is chosen from", "if not logits.sum().isfinite():", "if False:"),
     ],
-    ("generate.py", f"{GENERATE} -k sampler or seed or ties or impossible"): [
+    ("generate.py", f"{GENERATE} -k sampler or seed or ties"): [
         ("temperature multiplied", "(logits - logits.max()) / temperature",
          "(logits - logits.max()) * temperature"),
         ("top_k ignored", "if 0 < top_k < len(logits):", "if False:"),

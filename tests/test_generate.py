@@ -132,7 +132,7 @@ def test_a_prompt_of_ones_own():
     assert "held-out" not in result.err
     piped = run("--max-new-tokens", 1, stdin=APPLES.encode())
     for each in (result, piped):
-        assert "the embedded model solves word problems" in each.err, "the embedded model says what it is for"
+        assert "it solves word problems" in each.err, "the embedded model says what it is for"
 
 
 def test_where_a_prompt_may_come_from(model):
@@ -428,6 +428,14 @@ def edited(tmp_path, *changes):
 
 def test_slot_file_unchanged(tmp_path):
     done = process("--slot-steps", 3, "--slot-file", edited(tmp_path), stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and done.stdout == text(heldout("common", 1)[0].question, steps=3) + "\n"
+
+
+@no_speed
+def test_slot_file_may_use_what_is_in_speed(tmp_path):
+    """No room of speed/ brings the others, which need a whole slot.py."""
+    mine = edited(tmp_path, ("from model import KVCache", "from model import KVCache\nfrom speed.delta import transposed"))
+    done = process("--slot-steps", 3, "--slot-file", mine, stdin=subprocess.DEVNULL)
     assert done.returncode == 0 and done.stdout == text(heldout("common", 1)[0].question, steps=3) + "\n"
 
 
