@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))        # missing under 
 from checks.command import early_signals, run
 from checks.files import check_target, show
 from checks.options import NEW_TOKENS, TINY, check_sampling, parse_arguments
-from checks.prompts import check_memory, naming, read_prompts, room_left
+from checks.prompts import check_memory, check_text, heldout_problem, read_prompts, room_left
 
 SHOWN = 6                       # tokens at either end of what δ changes
 TOGETHER = 32                   # prompts answered in one batch
@@ -41,9 +41,11 @@ from tokenizer import load_tokenizer
 speed = None                    # without speed/ everything works the same, only slower
 if find_spec("speed"):
     import speed.batch
+    import speed.delta
     import speed.linear
     import speed.parallel
-    import speed.parallel_delta         # and with it delta, ranks
+    import speed.parallel_delta
+    import speed.ranks
 
 
 def sampler(temperature=0.0, top_k=0, top_p=1.0, seed=0):
@@ -77,7 +79,7 @@ def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
 
-def load(args):
+def load(args, asked):
     """-> the model and its tokenizer; says what they are."""
     folder, began = find_model(args.model), time.perf_counter()
     tokenizer = load_tokenizer(folder)
@@ -92,7 +94,7 @@ def load(args):
     say(f"model     {name}: {size:,.1f} M parameters{each}, {str(lm.lm_head.weight.dtype)[6:]}, "
         f"{args.device}, {torch.get_num_threads()} threads, products: {products}, "
         f"loaded in {time.perf_counter() - began:.2f} s")
-    if folder == TINY and not args.problem:
+    if folder == TINY and asked:
         say("note      it solves word problems like those of tiny/problems.py and knows nothing "
             "else; python -m convert smollm2 brings a model to chat with")
     return lm, tokenizer
@@ -105,11 +107,13 @@ def prompt_ids(args, tokenizer, prompts):
         messages = [{"role": "user", "content": prompt}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        with naming(where):                                 # what a chat template does not allow
+        try:
             if args.raw:
                 found.append(tokenizer.bos_ids + tokenizer.encode(prompt))
             else:
                 found.append(tokenizer.chat_ids(messages))
+        except ValueError as error:                         # what a chat template does not allow
+            raise ValueError(f"{where}{error}") from None
         if len(found) % 1000 == 0:
             say(f"prompt    {len(found):,} of {len(prompts):,} read")
     return found
@@ -239,9 +243,11 @@ def main(args):
         if target is not None:
             check_target(target)                # before the work
     read = partial(read_prompts, args)
-    prompts = speed.ranks.first(read) if args.ranks > 1 else read()
+    asked = speed.ranks.first(read) if args.ranks > 1 else read()
+    prompts = asked or [heldout_problem(args)]
+    check_text(prompts)
     check_device(args.device)
-    lm, tokenizer = load(args)
+    lm, tokenizer = load(args, asked)
     ids = prompt_ids(args, tokenizer, prompts)
     room = room_left(ids, prompts, args.max_new_tokens, lm.config)
     new = args.max_new_tokens or min(NEW_TOKENS, room)

@@ -6,7 +6,6 @@ import re
 import select
 import stat
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 from checks.files import regular_file, show
@@ -15,33 +14,28 @@ COMPARE_PROBLEM = 57            # chosen because SLOT with 5 steps at 0.1 change
 
 
 def read_prompts(args):
-    """-> [(prompt, system or None, where)] from --prompts, the arguments or a pipe, else a held-out
-    problem of tiny/. where: what a message about it begins with, "" or the line of the file.
-    ValueError names what cannot be read or is no Unicode."""
+    """-> [(prompt, system or None, where)] from --prompts, the arguments or a pipe; [] if there is
+    none. where: what a message about it begins with, "" or the line of the file."""
     if args.prompts is not None:
-        prompts = read_lines(args.prompts, args.system)
-    else:
-        texts = [read_stdin() if text == "-" else text for text in args.prompt]
-        if not texts and not args.problem:
-            texts = piped()
-        prompts = [(text, args.system, "") for text in texts or [heldout_problem(args)]]
-    check_text(prompts)
-    return prompts
+        return read_lines(args.prompts, args.system)
+    texts = [read_stdin() if text == "-" else text for text in args.prompt]
+    if not texts and not args.problem:
+        texts = piped()
+    return [(text, args.system, "") for text in texts]
 
 
 def heldout_problem(args):
-    """The text of --problem N, or else of a good first one, which becomes args.problem; its answer
-    becomes args.reference, unless there is one."""
+    """What is asked where nobody asks: --problem N or a good first one, as an entry of what
+    read_prompts returns. Its answer becomes args.reference, unless there is one."""
     from tiny.problems import heldout
-    why = ""
-    if not args.problem:
-        args.problem = COMPARE_PROBLEM if args.compare else 1
-        why = ", chosen because SLOT changes its answer" * args.compare
-    problem = heldout("common", args.problem)[-1]
+    place, why = args.problem or 1, ""
+    if args.compare and not args.problem:
+        place, why = COMPARE_PROBLEM, ", chosen because SLOT changes its answer"
+    problem = heldout("common", place)[-1]
     args.reference = args.reference or problem.answer
-    print(f"prompt    held-out problem {args.problem} of the embedded model{why}:\n"
+    print(f"prompt    held-out problem {place} of the embedded model{why}:\n"
           f"{problem.question}\n", file=sys.stderr, flush=True)
-    return problem.question
+    return problem.question, args.system, ""
 
 
 def read_stdin():
@@ -112,15 +106,6 @@ def check_text(prompts):
         if half:
             raise ValueError(f"{where}the prompt or system text holds half a character "
                              f"({show(half[0])}); pass valid UTF-8")
-
-
-@contextmanager
-def naming(where):
-    """What is wrong in this block is said with its place before it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{where}{error}") from None
 
 
 def room_left(ids, prompts, new, config):

@@ -39,8 +39,8 @@ def vector(x, W, b):
 def float32(x, W, b):
     """16 bits multiplied in float32, a block of W at a time: its copy stays in the cache."""
     out = x.new_empty(len(x), len(W))
-    rows, d = max(64, (1 << 20) // W.shape[1]), W.shape[1]
-    x, copy = x.float(), W.new_empty(rows, d, dtype=torch.float32)
+    x, rows = x.float(), max(64, (1 << 20) // W.shape[1])
+    copy = W.new_empty(rows, W.shape[1], dtype=torch.float32)
     for y, block in zip(out.split(rows, 1), W.split(rows)):
         y.copy_(F.linear(x, copy[:len(block)].copy_(block)))
     return out if b is None else out + b
