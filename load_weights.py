@@ -131,7 +131,8 @@ def load_model(folder, device="cpu", dtype="auto", part=None):
     """A folder, or a name for `find_model` -> CausalLM, frozen, in evaluation mode.
 
     dtype: "float32", "bfloat16", "float16", or "auto": what config.json names, else what the file
-    holds. Built on the `meta` device, without memory, it takes the file's tensors as parameters.
+    holds. Built on the `meta` device, without memory, it takes the file's tensors as parameters;
+    there a random start, as nn.Embedding makes, would import 800 modules and take a second.
     part: a function of a weight's name and the weight -> what is kept of it; see speed/parallel.py.
     Strict: every weight, no other, in its shape, or one line of ValueError.
     """
