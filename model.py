@@ -163,7 +163,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        table = torch.empty(config.vocab_size, config.hidden_size)      # see load_weights
+        table = torch.empty(config.vocab_size, config.hidden_size)      # unfilled: see load_weights
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in layers)

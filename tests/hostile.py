@@ -15,6 +15,7 @@ exactly, so a folder in any of the dtypes, in any layout, must give the same log
 """
 import atexit
 import functools
+import gc
 import json
 import os
 import select
@@ -448,6 +449,7 @@ def serve():
     from checks.command import early_signals
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1)])
+    gc.freeze()                         # a fork that looks for garbage would copy all that is here
     early_signals()                     # so that a fork answers them from its first moment
     for line in sys.stdin.buffer:
         request = json.loads(line)

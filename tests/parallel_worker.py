@@ -17,7 +17,7 @@ import speed.delta
 from generate import sampler
 from speed import parallel, parallel_delta, ranks
 
-STEPS, LR, NEW = 4, 0.1, 8
+STEPS, LR, NEW = 4, 0.1, 5
 
 
 def prompts_of(config):

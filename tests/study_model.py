@@ -1,13 +1,12 @@
 """A small random model in the embedded model's folder format, for the tests of study/. Its answers
 are nonsense, which these tests do not mind."""
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+
+import forks
 
 from load_weights import read_config, write_safetensors
 from model import CausalLM
@@ -37,10 +36,9 @@ def options(folder, out, *more):
             "--steps", "0,1,3", "--lr", "0.1", "--max-new-tokens", str(NEW), *more]
 
 
-def study(*arguments, root=ROOT, **more):
+def study(*arguments, root=ROOT):
     """`python -m study` as a process, to its end."""
-    return subprocess.run([sys.executable, "-m", "study", *map(str, arguments)], cwd=root, timeout=300,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+    return forks.run(["-m", "study", *arguments], root)
 
 
 def read(out):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import forks
 from benchmarks import random_model
 from benchmarks.machine import Rates, timed
 from benchmarks.report import comparison, table
@@ -25,7 +26,7 @@ STAGES = ["prefill 16", "prefill 160", "load, to the first token", "first token 
 
 
 def run(*options, status=0):
-    done = subprocess.run([sys.executable, "-m", "benchmarks", *options], capture_output=True, text=True, timeout=600, cwd=ROOT)
+    done = forks.run(["-m", "benchmarks", *options])
     assert done.returncode == status, done.stderr[-2000:]
     return done.stdout, done.stderr
 

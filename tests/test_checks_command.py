@@ -296,7 +296,7 @@ def test_signals_at_random_moments(endless):
     draw = random.Random(0)
     ways = [["--max-new-tokens", "90000"], ["--slot-steps", "10000"],
             ["--slot-steps", "10000", "--slot-fast"]]
-    for i in range(100):
+    for i in range(60):
         number = draw.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
         delay = 0.005 + draw.choice([0.02, 0.1, 0.1, 0.4]) * draw.random()
         extra = draw.choice(ways)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import forks
 from hostile import ROOT, check_line
 
 NAMES = ("HOME", "USER", "LOGNAME", "USERNAME", "LNAME")
@@ -51,7 +52,7 @@ def test_python_options(options, more):
     if options == ["-P"] and sys.version_info < (3, 11):
         pytest.skip("Python 3.11 brought -P")
     command = [GENERATE[0], "hello", "there"][:3 if more else 2] + GENERATE[2:] + more
-    plain, done = run(*command), run(*options, *command)
+    plain, done = forks.run(command), run(*options, *command)
     check_done(done)
     assert done.stdout == plain.stdout
 
@@ -74,7 +75,7 @@ def test_working_folder_gone(arguments, tmp_path):
 
 def test_without_a_home():
     check_done(run(*GENERATE, drop=NAMES))
-    done = run("generate.py", "--model", "no-one/nothing", "hello", drop=NAMES)
+    done = forks.run(["generate.py", "--model", "no-one/nothing", "hello"], env=dict.fromkeys(NAMES))
     assert done.returncode == 1
     check_line(done.stderr.removesuffix("\n"), "generate.py: no-one/nothing fetch")
 
@@ -82,7 +83,8 @@ def test_without_a_home():
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="needs the superuser")
 def test_unknown_user():
     check_done(run("-c", UNKNOWN, *GENERATE, drop=NAMES))
-    done = run("-c", UNKNOWN, "generate.py", "--model", "no-one/nothing", "hello", drop=NAMES)
+    done = forks.run(["-c", UNKNOWN, "generate.py", "--model", "no-one/nothing", "hello"],
+                     env=dict.fromkeys(NAMES))
     assert done.returncode == 1
     check_line(done.stderr.removesuffix("\n"), "generate.py: no-one/nothing fetch")
 
@@ -97,5 +99,5 @@ def test_suite_collects():
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="needs the superuser")
 def test_suite_collects_for_an_unknown_user():
-    done = run("-c", UNKNOWN, *COLLECT, drop=NAMES)
+    done = forks.run(["-c", UNKNOWN, *COLLECT], env=dict.fromkeys(NAMES))
     assert done.returncode == 0, done.stdout[-1000:]

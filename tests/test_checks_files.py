@@ -5,13 +5,12 @@ import json
 import math
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 
 import pytest
 import torch
 
+import forks
 from hostile import (CANARY, INDEX, MODEL, PROMPT, ROOT, SETTINGS, TOKENS, Payload, build,
                      check_line, check_loads, check_refused, command, config, content, files,
                      instead, logits, plain, tensors, text_of, then, write)
@@ -105,7 +104,7 @@ JSON = [
     ("config 80 MB", instead("config.json", lambda p: (p.touch(), os.truncate(p, 80 << 20))),
      "config.json limit"),
     ("config terminal escapes", config(model_type="\x1b[2J\n\rllama" * 50), "model_type \\x1b[2J"),
-    ("config of a million lists", content("config.json", b'{"a": [' + b"[]," * 1_500_000 + b"[]]}"),
+    ("config of a million lists", content("config.json", b'{"a": [' + b"[]," * 1_000_000 + b"[]]}"),
      "config.json"),
     ("generation config cut", text_of(GENERATION, lambda text: text[:20]),
      "generation_config.json not JSON"),
@@ -200,12 +199,10 @@ REAL["weights NaN"] = tensors(lambda t: t["model.norm.weight"].fill_(math.nan)),
 
 @pytest.mark.parametrize("name", REAL)
 def test_bad_folder_for_real(name, folder):
-    """Some of the table through a process of their own, as a user starts it."""
+    """Some of the table through the file itself, not its functions."""
     make, words = REAL[name]
     make(folder)
-    run = subprocess.run([sys.executable, ROOT / "generate.py", "--model", folder, "hello"],
-                         capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = forks.run([ROOT / "generate.py", "--model", folder, "hello"])
     *progress, line = run.stderr.splitlines()
     assert run.returncode == 1 and line.startswith("generate.py: "), run
     assert "Traceback" not in run.stderr

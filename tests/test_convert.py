@@ -5,14 +5,15 @@ of q and k reordered in Llama models). Their weights are those of the golden mod
 """
 import json
 import os
+import signal
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+import forks
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: nothing reads or writes GGUF files")
 from gguf import GGMLQuantizationType as Kind
@@ -291,9 +292,8 @@ def test_first_token_of_llama(tmp_path):
 # --- whole or not at all ------------------------------------------------------------------------------------------
 
 
-def command(*arguments, status=0, timeout=120, **environment):
-    done = subprocess.run([sys.executable, "-m", "convert", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
-                          timeout=timeout, env=os.environ | environment)
+def command(*arguments, status=0, **environment):
+    done = forks.run(["-m", "convert", *arguments], env=environment)
     assert done.returncode == status, done.stderr[-2000:]
     assert done.stdout == "" and "Traceback" not in done.stderr
     return done.stderr
@@ -320,8 +320,7 @@ def test_command_and_readme(tmp_path, good):
 def test_options(tmp_path):
     assert "give the folder to make as well" in command("x.gguf", status=2)
     assert "invalid choice" in command("x.gguf", tmp_path / "out", "--dtype", "int4", status=2)
-    assert "smollm2" in subprocess.run([sys.executable, "-m", "convert", "--help"], capture_output=True, text=True,
-                                       cwd=ROOT).stdout
+    assert "smollm2" in forks.run(["-m", "convert", "--help"]).stdout
 
 
 def refused(path, folder, *options):
@@ -482,7 +481,7 @@ def test_without_the_library(tmp_path, good):
     (tmp_path / "empty").mkdir()
     code = ("import sys; sys.modules['gguf'] = None; import runpy; sys.argv = ['convert', sys.argv[1], sys.argv[2]];"
             "runpy.run_module('convert', run_name='__main__', alter_sys=True)")
-    done = subprocess.run([sys.executable, "-c", code, good, tmp_path / "out"], capture_output=True, text=True, cwd=ROOT)
+    done = forks.run(["-c", code, good, tmp_path / "out"])
     assert done.returncode == 1 and "pip install gguf" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -495,10 +494,9 @@ def test_killed_in_the_middle(tmp_path):
         weights |= {name.replace(".0.", f".{number}."): array for name, array in layer.items()}
     write(tmp_path / "x.gguf", weights, config, Kind.Q8_0)
     (tmp_path / "there").mkdir()
-    process = subprocess.Popen([sys.executable, "-m", "convert", tmp_path / "x.gguf", tmp_path / "there/out"], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True)
+    process = forks.Fork(["-m", "convert", tmp_path / "x.gguf", tmp_path / "there/out"])
     assert "50 of" in process.stderr.readline()
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     process.stderr.close()
     assert process.wait(60) == 143 and list((tmp_path / "there").iterdir()) == []
 

@@ -8,12 +8,14 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import forks
 import generate as command_file
 import slot
 from checks.prompts import check_memory
@@ -66,10 +68,9 @@ def losses(result):
     return [float(x) for x in re.search(r"loss on the prompt  (.*)", result.err)[1].split(" → ")]
 
 
-def process(*arguments, **options):
-    """A run in a process of its own, for what happens before or while modules load."""
-    done = subprocess.run([sys.executable, ROOT / "generate.py", *map(str, arguments)], capture_output=True,
-                          text=True, timeout=120, env=os.environ | {"PYTHONUTF8": "1"}, **options)
+def process(*arguments):
+    """A run that loads its modules itself, for what happens while they load."""
+    done = forks.run([ROOT / "generate.py", *arguments])
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -79,7 +80,8 @@ def process(*arguments, **options):
 
 def test_the_first_command():
     """python generate.py --slot-steps 3: a held-out problem, its answer on stdout and nothing else there."""
-    done = process("--slot-steps", "3", stdin=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, ROOT / "generate.py", "--slot-steps", "3"], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONUTF8": "1"})
     problem = heldout("common", 1)[0]
     assert done.returncode == 0 and done.stdout == text(problem.question, steps=3) + "\n"
     assert done.stdout.endswith(problem.answer.splitlines()[-1] + "\n"), "and it is right"
@@ -143,7 +145,7 @@ def test_where_a_prompt_may_come_from(model):
     assert run(*arguments, "-", stdin=b"hello").out == expected
     assert run(*arguments, stdin=b"hello").out == expected
     assert run(*arguments, stdin=b"hello\n").out == expected, "echo adds a line break"
-    assert process(*arguments, input="hello\n").stdout == expected
+    assert forks.run([ROOT / "generate.py", *arguments], stdin="hello\n").stdout == expected
     # an argument counts more than a pipe; nothing is read from it
     assert run(*arguments, "hello", stdin=b"other").out == expected
     assert run(*arguments, "-", stdin="é\u2028".encode()).out == text("é\u2028", model, new=9) + "\n"
@@ -193,12 +195,11 @@ def test_text_comes_as_it_is_made(tmp_path):
     endless["generation_config.json"] = {}
     del endless["tokenizer_config.json"]["eos_token"]
     folder = write(tmp_path / "endless", endless)
-    arguments = [sys.executable, ROOT / "generate.py", "--model", folder, "a", "--max-new-tokens", "90000"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
-        some = running.stdout.read(50)
-        assert running.poll() is None, "it has not ended yet"
-        running.terminate()
-        (some + running.stdout.read()).decode()
+    running = forks.Fork([ROOT / "generate.py", "--model", folder, "a", "--max-new-tokens", "90000"])
+    some = running.stdout.buffer.read(50)
+    assert running.poll() is None, "it has not ended yet"
+    running.send_signal(signal.SIGTERM)
+    (some + running.stdout.buffer.read()).decode()
 
 
 def test_the_loop_that_needs_too_much_memory_is_refused():
@@ -427,7 +428,7 @@ def edited(tmp_path, *changes):
 
 
 def test_slot_file_unchanged(tmp_path):
-    done = process("--slot-steps", 3, "--slot-file", edited(tmp_path), stdin=subprocess.DEVNULL)
+    done = process("--slot-steps", 3, "--slot-file", edited(tmp_path))
     assert done.returncode == 0 and done.stdout == text(heldout("common", 1)[0].question, steps=3) + "\n"
 
 
@@ -435,7 +436,7 @@ def test_slot_file_unchanged(tmp_path):
 def test_slot_file_may_use_what_is_in_speed(tmp_path):
     """No room of speed/ brings the others, which need a whole slot.py."""
     mine = edited(tmp_path, ("from model import KVCache", "from model import KVCache\nfrom speed.delta import transposed"))
-    done = process("--slot-steps", 3, "--slot-file", mine, stdin=subprocess.DEVNULL)
+    done = process("--slot-steps", 3, "--slot-file", mine)
     assert done.returncode == 0 and done.stdout == text(heldout("common", 1)[0].question, steps=3) + "\n"
 
 
@@ -459,8 +460,7 @@ def test_slot_file_takes_the_place_of_slot(several, tmp_path):
 def test_an_error_in_a_slot_file_shows_as_python_shows_it(tmp_path):
     """It is the reader's own program: they need the line."""
     path = edited(tmp_path, ("nll = loss(logits[0], targets)", "nll = los(logits[0], targets)"))
-    done = subprocess.run([sys.executable, ROOT / "generate.py", "--slot-steps", "1", "--slot-file", path],
-                          capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    done = forks.run([ROOT / "generate.py", "--slot-steps", "1", "--slot-file", path])
     assert done.returncode == 1 and "NameError" in done.stderr and "my_slot.py" in done.stderr
 
 

@@ -2,13 +2,11 @@
 any more. tests/test_laws.py has the golden folders; here are the models beside the project, and bad
 folders that load without a word, so that the law's proof can fail."""
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
+import forks
 from hostile import GONE, ROOT, config, put
 from test_laws import JUDGES, READERS, copy_of
 
@@ -46,10 +44,8 @@ CODE = """
 
 def results(tree, folders):
     """{name: what the code above found}, in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     folders = json.dumps({name: str(folder) for name, folder in folders.items()})
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(CODE), folders], cwd=tree,
-                          env=environment, capture_output=True, text=True, timeout=120)
+    done = forks.run(["-c", textwrap.dedent(CODE), folders], tree)
     assert done.returncode == 0, done.stderr
     return dict(map(json.loads, done.stdout.splitlines()))
 

@@ -6,16 +6,14 @@
 
 And a fourth thing that a reader may rely on: an edit that changes nothing turns no proof red.
 """
-import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+import forks
 from hostile import Command, command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,12 +39,8 @@ def edit(tree, *changes):
 
 def python(tree, *arguments, code=None):
     """A run in the tree -> what it wrote. code: instead of a file, a program that finds GOLDEN and TESTS."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1",
-                   "GOLDEN": str(ROOT / "tests/golden"), "TESTS": str(ROOT / "tests")}
-    environment.pop("PYTHONPATH", None)
-    arguments = ["-c", textwrap.dedent(code)] if code else map(str, arguments)
-    done = subprocess.run([sys.executable, *arguments], cwd=tree, env=environment, timeout=300,
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    places = {"GOLDEN": str(ROOT / "tests/golden"), "TESTS": str(ROOT / "tests")}
+    done = forks.run(["-c", textwrap.dedent(code)] if code else arguments, tree, env=places)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -276,12 +270,10 @@ def test_a_harmless_edit_turns_no_proof_red(tmp_path):
     (tree / "slot.py").write_text(source)
 
     def pytest_says(*arguments):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""})
+        done = forks.run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], tree)
         return done.returncode, done.stdout
 
-    status, said = pytest_says("tests/test_slot.py", "tests/test_speed_batch.py")
+    status, said = pytest_says("tests/test_slot.py", "tests/test_speed_batch.py", "-k", "authors or alone")
     assert status == 0, said[-2000:]
     status, said = pytest_says("tests/test_mutations.py", "-k", "names_a_line", "-m", "")
     assert status == 1 and "bring its mutations_*.py up to date" in said, said[-2000:]

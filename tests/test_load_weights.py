@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sys
 import pytest
 import torch
 
+import forks
 import load_weights
 from hostile import MODEL, ROOT, build, check_line, safetensors, shards, write
 from load_weights import (SAFETENSORS_DTYPES, load_model, read_safetensors, read_weights,
@@ -129,14 +131,18 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x"]
 
 
+def test_loading_imports_no_compiler():
+    """In a process of its own: nothing that torch imports when it fills an embedding on the meta device."""
+    code = ("import sys, torch, load_weights; before = set(sys.modules); load_weights.load_model('tiny')\n"
+            "print(*(set(sys.modules) - before))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "torch._dynamo" not in done.stdout.split() and len(done.stdout.split()) < 100, done.stdout
+
+
 def limited(code, size=1 << 16):
     """Python code in a process whose files may have 64 KB: the nearest thing to a full disk."""
-    def limit():
-        import signal
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, preexec_fn=limit, timeout=60,
-                          capture_output=True, text=True)
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+    return forks.run(["-c", limit + code], ignore=[signal.SIGXFSZ])
 
 
 def test_a_full_disk(tmp_path):
@@ -281,7 +287,6 @@ def test_a_file_that_may_not_be_read(name, tmp_path):
             f"    load_weights.load_model({str(tmp_path / 'model')!r})\n"
             "except ValueError as error:\n"
             "    print(error)\n")
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                         timeout=60)
+    run = forks.run(["-c", code])
     assert run.returncode == 0, run
     check_line(run.stdout.strip(), f"{name} permissions")

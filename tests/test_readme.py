@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import forks
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -49,7 +51,7 @@ def test_command(copy, line):
 def test_transcript(copy):
     """The text of the answers to the letter; of the figures what does not depend on the machine."""
     transcript = next(block for kind, block in BLOCKS if "generate.py --compare" in block and kind == "text")
-    done = run(copy, f"{shlex.quote(sys.executable)} generate.py --compare")
+    done = forks.run(["generate.py", "--compare"], copy)
     for line in done.stdout.splitlines():
         assert line in transcript, f"the README lacks: {line}"
     losses = re.search(r"loss on the prompt.*", done.stderr)[0]
@@ -59,7 +61,7 @@ def test_transcript(copy):
 def test_snippet_answers_rightly(copy):
     code = next(block for kind, block in BLOCKS if kind == "python" and "load_model" in block)
     (copy / "snippet.py").write_text(code, encoding="utf-8")
-    answer = run(copy, f"{shlex.quote(sys.executable)} snippet.py").stdout
+    answer = forks.run(["snippet.py"], copy).stdout
     assert answer.rstrip().endswith("#### 64") and "<|" not in answer, answer
 
 

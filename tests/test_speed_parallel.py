@@ -6,7 +6,6 @@ wrote. Measured: logits within 4.1e-6, δ within 2.2e-6, losses within 1.4e-6.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import forks
 import slot
 
 parallel = pytest.importorskip("speed.parallel", reason="there is no speed/")
@@ -64,25 +64,6 @@ def write_model(folder, raw, scale=0.2):
     return folder
 
 
-def free_port():
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
-
-
-def start(ranks, *command, alone=False, **more):
-    """The processes of `ranks` ranks, as torchrun would start them, but without torchrun. alone: and without ranks."""
-    port, processes = free_port(), []
-    for rank in range(ranks):
-        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
-                                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        if alone:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen([sys.executable, *map(str, command)], env=environment, cwd=ROOT, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more))
-    return processes
-
-
 def end(processes, seconds=100):
     """-> [(status, stdout, stderr)] of every rank; none outlives the test."""
     try:
@@ -116,7 +97,7 @@ def alone(folders):
 def together(request, folders, tmp_path_factory):
     """-> {folder's name: what each rank says, a list}"""
     out = tmp_path_factory.mktemp(f"ranks{request.param}")
-    ended = end(start(request.param, "tests/parallel_worker.py", out, *folders.values()))
+    ended = end(forks.ranks(request.param, ["tests/parallel_worker.py", out, *folders.values()]))
     for rank, (status, said, complaints) in enumerate(ended):
         assert status == 0, f"rank {rank} ended with status {status}: {said} {complaints}"
     ranks = [torch.load(out / f"{rank}.pt") for rank in range(request.param)]
@@ -232,12 +213,10 @@ def test_the_command_says_what_it_says_alone():
     runs = [(["--temperature", "1", "--slot-steps", "3", "--max-new-tokens", "20"], "Tom has 3 pens."),
             (["--slot-steps", "2", "--slot-fast", "--max-new-tokens", "8", "Tom has 3 pens.", "Ann has 12."], None)]
     for options, piped in runs:
-        one, *many = [*start(1, "generate.py", *options, stdin=subprocess.PIPE, alone=True),
-                      *start(2, "generate.py", *options, stdin=subprocess.PIPE)]
+        one, many = forks.Fork(["generate.py", *options]), forks.ranks(2, ["generate.py", *options])
         for process in (one, many[0]):
             process.stdin.write(piped or "")
             process.stdin.close()
-            process.stdin = None
         (status, expected, _), = end([one])
         ended = end(many)
         assert status == 0 and [status for status, *_ in ended] == [0, 0], ended
@@ -259,7 +238,7 @@ def wait_for(process, word):
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_rank_that_dies_ends_the_others(dead):
     """Killed in the middle of the fit: the other says so in one line, and does not wait."""
-    processes = start(2, *LONG)
+    processes = forks.ranks(2, LONG)
     wait_for(processes[0], "prefill")
     processes[dead].send_signal(signal.SIGKILL)
     status, _, complaint = end(processes, 30)[1 - dead]
@@ -273,7 +252,7 @@ def test_a_rank_that_hangs_ends_the_others():
     code = ("import sys; from datetime import timedelta; from speed import ranks; "
             "ranks.TIMEOUT = timedelta(seconds=2); import generate; from checks.command import run; "
             f"run(generate.main, generate.parse_arguments({LONG[1:]!r}))")
-    processes = start(2, "-c", code)
+    processes = forks.ranks(2, ["-c", code])
     wait_for(processes[0], "prefill")
     processes[1].send_signal(signal.SIGSTOP)
     try:
@@ -294,12 +273,18 @@ def test_torchrun_where_all_fail_alike():
 
 # ---- memory
 
+def fresh(command, env):
+    """Not a fork, which shares memory with others."""
+    return subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | env | {"OMP_NUM_THREADS": "1"}, cwd=ROOT,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_a_rank_reads_its_part_only(tmp_path):
     """At its highest, pages of mapped files included: 1.1 times its part, and one tensor."""
     raw = LLAMA | {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64, "vocab_size": 4000}
     folder = write_model(tmp_path / "model", raw, scale=0.02)
-    found = [json.loads(said) for status, said, complaints in end(start(2, "tests/parallel_memory.py", folder))]
+    found = [json.loads(said) for status, said, complaints in end(forks.ranks(2, ["tests/parallel_memory.py", folder], new=fresh))]
     biggest = 4 * 4096 * 512
     for rank in found:
         whole, part, most = sum(f.stat().st_size for f in folder.iterdir()), rank["part"], rank["peak_load"]

@@ -3,14 +3,14 @@ on, the summary is that of one process. KILLS=10 in the environment kills ten ti
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from study_model import ROOT, facts, make, options, study
+
+import forks
+from study_model import facts, make, options, study
 
 from study import run
 from study.__main__ import parse_arguments
@@ -21,13 +21,12 @@ if not torch.distributed.is_available():
 pytest.importorskip("speed.parallel", reason="there is no speed/")
 
 KILLS = int(os.environ.get("KILLS", 2))
-EMBEDDED = ["--limit", str(4 * KILLS), "--batch", "2", "--steps", "3", "--lr", "0.1", "--control", "wrong-prompt"]
+EMBEDDED = ["--limit", str(4 * KILLS), "--batch", "2", "--steps", "3", "--lr", "0.1", "--control", "wrong-prompt",
+            "--max-new-tokens", "12"]
 
 
 def torchrun(ranks, *arguments):
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "study",
-                             *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return forks.Fork(["-m", "torch.distributed.run", "--nproc-per-node", ranks, "-m", "study", *arguments])
 
 
 def lines(out):
@@ -68,23 +67,23 @@ def workers(process):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
 def test_kills_and_another_number_of_replicas(alone, tmp_path):
-    """One rank is killed, and torchrun ends the others; or all are, with torchrun. Then as many as may be go on."""
-    draw, killed = random.Random(0), []
+    """One rank is killed, and torchrun ends the others; or all are killed. Then as many as may be go on."""
+    draw, killed, command = random.Random(0), [], ["-m", "study", *EMBEDDED, "--out", tmp_path]
     for kill in range(KILLS):
-        before = len(lines(tmp_path))
-        process = torchrun(draw.choice([2, 3]), *EMBEDDED, "--out", tmp_path)
-        wait_for(lambda: len(lines(tmp_path)) >= before + draw.randint(1, 4), process)
-        if process.poll() is None:
-            victims = workers(process)
-            for pid in [draw.choice(victims)] if kill % 2 == 0 else [process.pid, *victims]:
+        before, count = len(lines(tmp_path)), draw.choice([2, 3])
+        running = [torchrun(count, *command[2:])] if kill % 2 == 0 else forks.ranks(count, command)
+        wait_for(lambda: len(lines(tmp_path)) >= before + draw.randint(1, 4), running[0])
+        if running[0].poll() is None:
+            victims = [draw.choice(workers(running[0]))] if kill % 2 == 0 else [process.pid for process in running]
+            for pid in victims:
                 os.kill(pid, signal.SIGKILL)
             killed.append(kill)
-        process.communicate(timeout=60)                 # none of them hangs
-        assert (process.returncode != 0) == (kill in killed)
+        for process in running:
+            process.communicate(timeout=60)             # none of them hangs
+            assert (process.returncode != 0) == (kill in killed)
     assert len(killed) == KILLS, "the runs ended before they could be killed"
-    process = torchrun(3, *EMBEDDED, "--out", tmp_path)
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 0, said
+    ended = [(process.communicate(timeout=200), process.returncode) for process in forks.ranks(3, command)]
+    assert [status for _, status in ended] == [0, 0, 0], ended
     assert facts(tmp_path) == facts(alone)
     assert rows(tmp_path) == rows(alone)                # each once, though many files hold them
     assert study(*EMBEDDED, "--out", tmp_path).returncode == 0      # and one process finds nothing to do
@@ -98,9 +97,9 @@ def test_ranks_of_one_model(tmp_path_factory):
     for form in ([], ["--slot-fast"]):
         one, many = (tmp_path_factory.mktemp(name) for name in ("one", "many"))
         run.main(parse_arguments(options(folder, one, *form)))
-        process = torchrun(4, *options(folder, many, "--tensor-parallel", "2", *form))
-        _, said = process.communicate(timeout=200)
-        assert process.returncode == 0 and said.count("report    ") == 1, said
+        running = forks.ranks(4, ["-m", "study", *options(folder, many, "--tensor-parallel", "2", *form)])
+        said = "".join(process.communicate(timeout=200)[1] for process in running)
+        assert not any(process.returncode for process in running) and said.count("report    ") == 1, said
         found = [{(row["sample"], row["setting"]): row for row in map(json.loads, lines(out))} for out in (one, many)]
         assert found[0].keys() == found[1].keys() and (many / "results-1.jsonl").stat().st_size > 0
         for key, row in found[0].items():

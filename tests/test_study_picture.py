@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 import time
 import unicodedata
 import urllib.error
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import forks
 import generate
 import slot
 from checks.options import parse_arguments
@@ -275,8 +275,7 @@ def test_an_edited_slot_file(name, page, tmp_path):
         source = source.replace(old, new, 1)
     (tmp_path / "my_slot.py").write_text(source, encoding="utf-8")
     settings = [QUESTION, "--slot-steps", "3", "--slot-lr", "0.1", "--picture", tmp_path / "page.html"]
-    ended = subprocess.run([sys.executable, ROOT / "generate.py", *settings, "--slot-file", tmp_path / "my_slot.py"],
-                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    ended = forks.run([ROOT / "generate.py", *settings, "--slot-file", tmp_path / "my_slot.py"])
     assert ended.returncode == 0, ended.stderr
     _, data = read_page(tmp_path / "page.html")
     assert data["steps"] == steps and "3 steps at rate 0.1" in data["facts"]

@@ -6,9 +6,10 @@ import json
 import os
 import resource
 import signal
-import sys
 
 import pytest
+
+import forks
 from study_model import ROOT
 
 from study.results import Results, source_digests, what_is_wrong, write_whole
@@ -196,9 +197,8 @@ def test_all_rooms_that_make_the_numbers_are_in_the_fingerprint(tmp_path):
 
 def test_what_measures_imports_only_what_is_in_the_fingerprint():
     """A room of ours that study/measure.py comes to import must be in SOURCE, or in this list of those that make no number."""
-    import subprocess
     code = "import sys, study.measure, study.run; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)), sep='\\n')"
-    files = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    files = forks.run(["-c", code]).stdout.split("\n")
     ours = {os.path.relpath(file, ROOT) for file in files if file.startswith(str(ROOT) + os.sep)}
     ours = {name for name in ours if not name.startswith((".", "venv"))}
     numberless = {"study/__init__.py", "study/settings.py", "study/results.py", "study/progress.py", "study/report.py", "study/plot.py", "study/stats.py",

@@ -3,17 +3,16 @@ python -m study: every figure against the same figure computed alone and at leng
 several moments against a run left in peace; what another run must not take up.
 """
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+import forks
 from study_model import NEW, ROOT, by_key, facts, make, options, read, study, timeless
 
 from load_weights import load_model
@@ -285,8 +284,7 @@ def test_quick_is_the_study_on_fewer(folder, whole, capsys):
 # ---- killed and taken up again
 
 def start(folder, out):
-    command = [sys.executable, "-m", "study", *options(folder, out)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    return forks.Fork(["-m", "study", *options(folder, out)])
 
 
 def test_kill_9_loses_nothing_and_repeats_nothing(folder, whole, tmp_path):
@@ -300,7 +298,7 @@ def test_kill_9_loses_nothing_and_repeats_nothing(folder, whole, tmp_path):
     with open(out / "results.jsonl", "ab") as file:
         file.write(b'{"sample": 11, "kind": "uns')                      # as a machine that loses its power leaves it
     _, errors = start(folder, out).communicate(timeout=300)
-    assert b"repaired a torn last line of 27 bytes" in errors and b"Traceback" not in errors
+    assert "repaired a torn last line of 27 bytes" in errors and "Traceback" not in errors
     rows = read(out)
     assert len({(row["sample"], row["setting"]) for row in rows}) == len(rows) == 12 * 9
     assert timeless(rows) == timeless(read(whole))                      # bit for bit

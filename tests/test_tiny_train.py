@@ -1,14 +1,12 @@
 """tiny/train.py: the recipe makes what is shipped, goes on where it was stopped, and never
 overwrites a finished model unless told to."""
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import forks
 from load_weights import load_model, read_safetensors
 from tiny import train
 
@@ -108,12 +106,9 @@ def test_export(quick, tmp_path):
 
 def test_as_a_command(tmp_path):
     """From the root, as the docstring says; Ctrl-C is one line at most, and no traceback."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    refused = subprocess.run([sys.executable, "-m", "tiny.train", "--folder", "tiny"], cwd=ROOT,
-                             env=environment, capture_output=True, text=True, timeout=120)
+    refused = forks.run(["-m", "tiny.train", "--folder", "tiny"])
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused
-    process = subprocess.Popen([sys.executable, "-m", "tiny.train", "--folder", tmp_path / "new"],
-                               cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = forks.Fork(["-m", "tiny.train", "--folder", tmp_path / "new"])
     assert "parameters" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -123,8 +118,8 @@ def test_as_a_command(tmp_path):
 
 @pytest.mark.trained
 def test_evaluate(capsys):
-    """What tiny/README.md reports of the shipped weights, on the first 20 of each group."""
-    train.main(parse("--evaluate", 20))
+    """What tiny/README.md reports of the shipped weights, on the first 8 of each group."""
+    train.main(parse("--evaluate", 8))
     lines = capsys.readouterr().out.splitlines()
     right = {line.split()[0]: int(line.split()[1]) for line in lines}
-    assert right["common"] >= 19 and right["rare"] >= 17 and right["unseen"] <= 8, lines
+    assert right["common"] >= 7 and right["rare"] >= 6 and right["unseen"] <= 3, lines

@@ -136,13 +136,13 @@ def test_no_text_makes_an_expression_slow(cuts):
     pairs = bpe.BytePairs({}, [], cuts)
     for unit in ("a", " ", "\n", "1", "!", "\u0301", "' ", "'s", " \n", "a1", "a\u0301", "数", "\u00a0"):
         started = seconds()
-        pairs.pieces(unit * 200_000 + "x")
+        pairs.pieces(unit * 100_000 + "x")
         assert seconds() - started < 5, unit                        # 0.1
 
 
-def test_a_million_spaces(tmp_path):
+def test_hundreds_of_thousands_of_spaces(tmp_path):
     ours = load_tokenizer(write(tmp_path, spec(["Ġ Ġ"])))
-    assert ours.encode(" " * 1_200_000 + "a") == [256] * 599_999 + [32, 32, ord("a")]
+    assert ours.encode(" " * 600_000 + "a") == [256] * 299_999 + [32, 32, ord("a")]
 
 
 def test_the_list_decides_not_the_id(tmp_path):

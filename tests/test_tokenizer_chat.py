@@ -13,7 +13,15 @@ from tokenizer import load_tokenizer
 from tokenizer.chat import render
 
 ANSWERS = json.loads(golden.FILE.read_text())
+
 CHATTING = [name for name in golden.CUTS if (golden.FOLDERS / name / "chat_template.jinja").exists()]
+
+
+@pytest.fixture(autouse=True)
+def without_a_child(monkeypatch):
+    """These templates are ours, and a fork for each of thousands of prompts takes most of the time. What a
+    stranger's may do is in test_checks_child.py."""
+    monkeypatch.delattr("os.fork", raising=False)
 
 
 # ---- as the reference renders ----------------------------------------------------------------------------------------------------
