@@ -76,6 +76,16 @@ def decode(lm, hiddens, cache, max_new_tokens, deltas=None, choose=slot.likelies
         yield ids
 
 
+def collected(steps, count):
+    """What `decode` yields -> the answers of `count` prompts, lists of ids."""
+    answers = [[] for _ in range(count)]
+    for ids in steps:
+        for answer, id in zip(answers, ids):
+            if id is not None:
+                answer.append(id)
+    return answers
+
+
 def chosen(logits, rows, choose):
     """logits (rows, V) -> an id for each row."""
     if choose is slot.likeliest:

@@ -263,11 +263,10 @@ class Study:
         # A use of the cache writes behind the prompt, where the next one writes before it reads.
         if speed:
             choose = slot.likeliest if biases[0] is None else chooses
-            steps = list(speed.batch.decode(
-                self.lm, hiddens, copy.copy(cache), self.new,
-                None if deltas[0] is None else list(deltas), choose, end))
-            columns = zip(*steps) if steps else [[]] * len(rows)
-            answers = [[id for id in column if id is not None] for column in columns]
+            deltas = None if deltas[0] is None else list(deltas)
+            tokens = speed.batch.decode(
+                self.lm, hiddens, copy.copy(cache), self.new, deltas, choose, end)
+            answers = speed.batch.collected(tokens, len(rows))
         else:
             answers = [list(slot.decode(self.lm, hidden, copy.copy(own), self.new, *effect, end))
                        for hidden, own, *effect in zip(hiddens, cache, deltas, chooses)]

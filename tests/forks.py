@@ -43,7 +43,7 @@ class Fork:
         environment = {name: value for name, value in environment.items() if value is not None}
         request = dict(arguments=self.args, cwd=str(cwd), ignore=list(ignore), environment=environment)
         channel = server()
-        socket.send_fds(channel, [json.dumps(request).encode()], theirs)
+        socket.send_fds(channel, [json.dumps(request).encode() + b"\n"], theirs)
         self.pid = int(channel.recv(20))
         for fd in theirs:
             os.close(fd)
@@ -105,7 +105,7 @@ def ranks(count, arguments, new=Fork):
 @functools.cache
 def server():
     """-> a socket: a request and four descriptors in, a process id out."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
     process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
                                stdin=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     theirs.close()
@@ -134,6 +134,8 @@ def serve(channel):
     signal.signal(signal.SIGCHLD, report)
     while True:
         request, fds, *_ = socket.recv_fds(channel, 1 << 20, 4)
+        while request and not request.endswith(b"\n"):
+            request += channel.recv(1 << 20)
         if not request:
             return
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])      # it may end at once
