@@ -13,6 +13,11 @@ from study.measure import unigram
 from study.results import write_whole
 
 
+def alike(a, b):
+    """How many tokens two lists begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
 class Picture:
     def __init__(self, args, lm, tokenizer, template_ids, fit, draw):
         """fit, draw: what generate.py would call. template_ids: of an empty prompt."""
@@ -82,7 +87,7 @@ class Picture:
                 order = order[(change.abs() > (p[0] / 1000).clamp(min=1e-5))[order]]    # it shows
                 rows = torch.stack([change / most, p[0], p[0] + change])[:, order].T.tolist()
                 shifts.append([[self.word(id), *row] for id, row in zip(order.tolist(), rows)])
-        same = [os.path.commonprefix([tokens[::way], self.template_ids[::way]]) for way in (1, -1)]
+        template = [alike(tokens[::way], self.template_ids[::way]) for way in (1, -1)]
         how = "a kept δ" if args.delta else f"{args.slot_steps} steps at rate {args.slot_lr:g}"
         size = self.hidden.float().norm(dim=1).mean()
         loss = "loss {:.4f} → {:.4f}".format(*torch.tensor(losses)[[0, -1]].mean(1))
@@ -90,7 +95,7 @@ class Picture:
             facts=f"{repr(Path(args.model).name)[1:-1]}: {len(tokens)}-token prompt; {how}, "
                   f"{self.seconds:.2f} s; {loss if losses[0] else 'nothing to guess'}; |δ| "
                   f"{deltas[-1].norm():.2f} beside a mean |h| of {size:.2f}",
-            prompt=[self.word(id) for id in tokens], template=[len(same[0]), len(same[1])],
+            prompt=[self.word(id) for id in tokens], template=template,
             steps=[step * (args.slot_steps or 1) // count for step in steps], losses=losses,
             unseen=unseen, tops=tops, shifts=shifts, answers=self.answers)
 
