@@ -222,9 +222,9 @@ def answer_together(args, lm, tokenizer, ids, new, fit, draws):
     for place in range(0, len(ids), TOGETHER):
         began, part = time.perf_counter(), slice(place, place + TOGETHER)
         choose = likeliest if args.temperature == 0 else [draw() for draw in draws[part]]
-        tokens = speed.batch.generate_batch(lm, ids[part], new, steps, args.slot_lr, choose,
-                                            tokenizer.eos_ids, fit)
-        answers = speed.batch.collected(tokens, len(ids[part]))
+        columns = speed.batch.generate_batch(lm, ids[part], new, steps, args.slot_lr, choose,
+                                             tokenizer.eos_ids, fit)
+        answers = speed.batch.collected(columns, len(ids[part]))
         count, seconds = sum(map(len, answers)), time.perf_counter() - began
         cut = sum(len(got) == new for got in answers)
         say(f"batch     {len(answers)} prompts, {count} tokens in {seconds:.2f} s; "

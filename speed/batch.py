@@ -76,10 +76,10 @@ def decode(lm, hiddens, cache, max_new_tokens, deltas=None, choose=slot.likelies
         yield ids
 
 
-def collected(steps, count):
-    """What `decode` yields -> the answers of `count` prompts, lists of ids."""
+def collected(columns, count):
+    """What `decode` or `generate_batch` yields -> the answers of `count` prompts, lists of ids."""
     answers = [[] for _ in range(count)]
-    for ids in steps:
+    for ids in columns:
         for answer, id in zip(answers, ids):
             if id is not None:
                 answer.append(id)

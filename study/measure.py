@@ -264,9 +264,9 @@ class Study:
         if speed:
             choose = slot.likeliest if biases[0] is None else chooses
             deltas = None if deltas[0] is None else list(deltas)
-            tokens = speed.batch.decode(
+            columns = speed.batch.decode(
                 self.lm, hiddens, copy.copy(cache), self.new, deltas, choose, end)
-            answers = speed.batch.collected(tokens, len(rows))
+            answers = speed.batch.collected(columns, len(rows))
         else:
             answers = [list(slot.decode(self.lm, hidden, copy.copy(own), self.new, *effect, end))
                        for hidden, own, *effect in zip(hiddens, cache, deltas, chooses)]

@@ -13,9 +13,14 @@ from study.measure import unigram
 from study.results import write_whole
 
 
-def alike(a, b):
+def common(a, b):
     """How many tokens two lists begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    count = 0
+    for x, y in zip(a, b):
+        if x != y:
+            break
+        count += 1
+    return count
 
 
 class Picture:
@@ -87,7 +92,7 @@ class Picture:
                 order = order[(change.abs() > (p[0] / 1000).clamp(min=1e-5))[order]]    # it shows
                 rows = torch.stack([change / most, p[0], p[0] + change])[:, order].T.tolist()
                 shifts.append([[self.word(id), *row] for id, row in zip(order.tolist(), rows)])
-        template = [alike(tokens[::way], self.template_ids[::way]) for way in (1, -1)]
+        template = [common(tokens[::way], self.template_ids[::way]) for way in (1, -1)]
         how = "a kept δ" if args.delta else f"{args.slot_steps} steps at rate {args.slot_lr:g}"
         size = self.hidden.float().norm(dim=1).mean()
         loss = "loss {:.4f} → {:.4f}".format(*torch.tensor(losses)[[0, -1]].mean(1))

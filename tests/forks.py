@@ -3,8 +3,10 @@ fork of one process that has imported torch, and nothing of the project, so that
 
     run(["generate.py", "--slot-steps", 3])     -> subprocess.CompletedProcess, with texts
     Fork(["-m", "study", "--quick"])            a process as of subprocess.Popen, with pipes
+    ranks(2, ["generate.py", ...])              the processes that torchrun would start
 
-For what happens before torch is imported, and for options of Python itself, a test starts a real one.
+A test starts a real process for what happens before torch is imported, for what Python reads as it
+starts (its options, PYTHON... in the environment), for memory, and for how an interpreter ends.
 """
 import atexit
 import contextlib
@@ -25,26 +27,23 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(arguments, cwd=ROOT, env=None, ignore=(), stdin="", timeout=300):
+def run(arguments, cwd=ROOT, env=None, stdin="", timeout=300):
     """To its end. arguments: a file, or -m and a module, or -c and code, and what follows."""
-    process = Fork(arguments, cwd, env, ignore)
+    process = Fork(arguments, cwd, env)
     out, err = process.communicate(stdin, timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 class Fork:
-    """env: additions to the environment; None takes a name out. ignore: signals that whoever starts
-    it has it ignore."""
+    """env: additions to the environment; None takes a name out."""
 
-    def __init__(self, arguments, cwd=ROOT, env=None, ignore=()):
+    def __init__(self, arguments, cwd=ROOT, env=None):
         self.args, self.returncode = [str(each) for each in arguments], None
-        ours, theirs = zip(*(os.pipe()[::way] for way in (-1, 1, 1, 1)))     # stdin is read there
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        environment = {**os.environ, **(env or {})}
         environment = {name: value for name, value in environment.items() if value is not None}
-        request = dict(arguments=self.args, cwd=str(cwd), ignore=list(ignore), environment=environment)
-        channel = server()
-        socket.send_fds(channel, [json.dumps(request).encode() + b"\n"], theirs)
-        self.pid = int(channel.recv(20))
+        request = dict(arguments=self.args, cwd=str(cwd), environment=environment)
+        ours, theirs = zip(*(os.pipe()[::way] for way in (-1, 1, 1, 1)))     # stdin is read there
+        self.pid = ask(request, theirs)
         for fd in theirs:
             os.close(fd)
         self.stdin = open(ours[0], "w")
@@ -56,35 +55,37 @@ class Fork:
     def wait(self, timeout=None, strict=True):
         """-> its status, as subprocess has it; TimeoutExpired, or None where that is not strict."""
         if self.returncode is None and select.select([self.status], [], [], timeout)[0]:
-            self.returncode = int(self.status.read())
+            self.returncode = int(self.status.read() or -signal.SIGKILL)    # else the server is gone
         if self.returncode is None and strict:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.returncode
 
     def communicate(self, stdin="", timeout=None):
-        """-> what it wrote to stdout and stderr from now on. It is killed when it takes too long."""
+        """-> what it, and all that it has started, writes to stdout and stderr from now on. It is
+        killed when it takes too long."""
         texts = {}
-        readers = [threading.Thread(target=lambda stream=stream: texts.update({stream: stream.read()}))
-                   for stream in (self.stdout, self.stderr)]
+        readers = [threading.Thread(target=lambda stream=stream: texts.update({stream: stream.read()}),
+                                    daemon=True) for stream in (self.stdout, self.stderr)]
         for reader in readers:
             reader.start()
-        try:
+        with contextlib.suppress(BrokenPipeError):                  # it may read nothing
             if not self.stdin.closed:
                 with self.stdin:
                     self.stdin.write(stdin)
-        except BrokenPipeError:                     # it reads nothing
-            pass
         try:
             self.wait(timeout)
         finally:
             self.kill()
-            for reader in readers:
-                reader.join(timeout)
-        return texts.get(self.stdout), texts.get(self.stderr)
+        for reader in readers:
+            reader.join(timeout)
+        if len(texts) < 2:
+            raise subprocess.TimeoutExpired(self.args, timeout)     # one that it started lives on
+        return texts[self.stdout], texts[self.stderr]
 
     def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            if self.poll() is None:
+                os.kill(self.pid, number)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
@@ -100,53 +101,68 @@ def ranks(count, arguments, new=Fork):
             for rank in range(count)]
 
 
+def end(processes, seconds=200):
+    """-> [(status, stdout, stderr)] of every process; none outlives the test."""
+    try:
+        found = [process.communicate(timeout=seconds) for process in processes]
+        return [(process.returncode, *texts) for process, texts in zip(processes, found)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 # ---- the process behind it -----------------------------------------------------------------------
 
 @functools.cache
 def server():
     """-> a socket: a request and four descriptors in, a process id out."""
     ours, theirs = socket.socketpair(socket.AF_UNIX)
-    process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
-                               stdin=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())],
+                               pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     theirs.close()
     atexit.register(lambda: (ours.close(), process.wait(10)))
     return ours
+
+
+def ask(request, fds):
+    """-> the id of a new process."""
+    try:
+        socket.send_fds(server(), [json.dumps(request).encode() + b"\n"], fds)
+        return int(server().recv(20))
+    except BaseException:               # its answer may come later, and must not be the next one's
+        server.cache_clear()
+        raise
 
 
 def serve(channel):
     import numpy  # noqa: F401  what most runs need
     import jinja2.sandbox  # noqa: F401
     import torch
-    torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1)])             # imports 800 modules
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for who started the tests
     gc.freeze()                                     # a fork that looks for garbage would copy it all
-    statuses = {}                                   # process id -> where its end is reported
-
-    def report(*_):
-        while statuses:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
-            with contextlib.suppress(BrokenPipeError):      # nobody waits for it any more
-                os.write(statuses[pid], str(os.waitstatus_to_exitcode(status)).encode())
-            os.close(statuses.pop(pid))
-
-    signal.signal(signal.SIGCHLD, report)
+    running = {}                                    # pidfd: (process id, where to report its end)
     while True:
-        request, fds, *_ = socket.recv_fds(channel, 1 << 20, 4)
-        while request and not request.endswith(b"\n"):
-            request += channel.recv(1 << 20)
-        if not request:
-            return
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])      # it may end at once
-        pid = os.fork()
-        if pid == 0:
-            become(json.loads(request), fds)
-        statuses[pid] = fds.pop()
-        for fd in fds:
-            os.close(fd)
-        channel.send(str(pid).encode())
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        for ready in select.select([channel, *running], [], [])[0]:
+            if ready is not channel:
+                pid, report = running.pop(ready)
+                status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                with contextlib.suppress(BrokenPipeError):          # nobody waits for it any more
+                    os.write(report, str(status).encode())
+                os.close(report), os.close(ready)
+                continue
+            request, fds, *_ = socket.recv_fds(channel, 1 << 20, 4)
+            while request and not request.endswith(b"\n"):
+                request += channel.recv(1 << 20)
+            if not request:
+                return
+            pid = os.fork()
+            if pid == 0:
+                become(json.loads(request), fds)
+            running[os.pidfd_open(pid)] = pid, fds.pop()
+            for fd in fds:
+                os.close(fd)
+            channel.send(str(pid).encode())
 
 
 def become(request, fds):
@@ -156,10 +172,7 @@ def become(request, fds):
     os.closerange(3, max(fds) + 100)
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-    for number in request["ignore"]:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.dont_write_bytecode = "PYTHONDONTWRITEBYTECODE" in os.environ
@@ -183,7 +196,7 @@ def become(request, fds):
 
 
 def start(first, *others):
-    sys.modules.pop("__mp_main__", None)            # this file, under the name that multiprocessing gives
+    sys.modules.pop("__mp_main__", None)            # this file, as multiprocessing calls it
     if first == "-m":
         sys.argv, sys.path[0] = list(others), os.getcwd()
         runpy.run_module(others[0], run_name="__main__", alter_sys=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 import forks
-
 from load_weights import read_config, write_safetensors
 from model import CausalLM
 

@@ -99,5 +99,5 @@ def test_suite_collects():
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="needs the superuser")
 def test_suite_collects_for_an_unknown_user():
-    done = forks.run(["-c", UNKNOWN, *COLLECT], env=dict.fromkeys(NAMES))
+    done = run("-c", UNKNOWN, *COLLECT, drop=NAMES)
     assert done.returncode == 0, done.stdout[-1000:]

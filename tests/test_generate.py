@@ -81,7 +81,7 @@ def process(*arguments):
 def test_the_first_command():
     """python generate.py --slot-steps 3: a held-out problem, its answer on stdout and nothing else there."""
     done = subprocess.run([sys.executable, ROOT / "generate.py", "--slot-steps", "3"], capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONUTF8": "1"})
+                          stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONUTF8": "1"}, timeout=120)
     problem = heldout("common", 1)[0]
     assert done.returncode == 0 and done.stdout == text(problem.question, steps=3) + "\n"
     assert done.stdout.endswith(problem.answer.splitlines()[-1] + "\n"), "and it is right"

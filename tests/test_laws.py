@@ -254,7 +254,8 @@ def test_without_checks_every_good_folder_loads(tmp_path):
 
 @pytest.mark.mutation
 def test_a_harmless_edit_turns_no_proof_red(tmp_path):
-    """Another name for a variable, a print: the proofs stay green. The mutations table, whose text
+    """Another name for a variable, a print: the proofs against the authors' runs, and those of prompts alone and in
+    a batch, stay green. The mutations table, whose text
     names the old lines, does not, and says what to do. (So do the README files that quote the loop.)"""
     tree = copy_of(tmp_path)
     shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))

@@ -12,7 +12,7 @@ import forks
 from mutations import MUTATIONS, ROOT
 
 pytestmark = pytest.mark.mutation
-A_FEW = ["rope pairs neighbours", "sign of the loss", "keys without values"]
+A_FEW = ["rope pairs neighbours", "sign of the loss", "keys without values", "weight decay 0"]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.description)
@@ -33,5 +33,5 @@ def test_descriptions_are_different():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="mutations.py forks, which this system cannot")
 def test_a_few_mistakes_turn_the_suite_red():
     done = forks.run([ROOT / "tests/mutations.py", "--planted", *A_FEW])
-    said = f"{len(A_FEW)} mutations, {len(A_FEW)} must turn red; 0 went otherwise"
+    said = "4 mutations, 3 must turn red; 0 went otherwise"         # the last is invisible: it stays green
     assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr

@@ -52,6 +52,7 @@ def test_transcript(copy):
     """The text of the answers to the letter; of the figures what does not depend on the machine."""
     transcript = next(block for kind, block in BLOCKS if "generate.py --compare" in block and kind == "text")
     done = forks.run(["generate.py", "--compare"], copy)
+    assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         assert line in transcript, f"the README lacks: {line}"
     losses = re.search(r"loss on the prompt.*", done.stderr)[0]
@@ -61,8 +62,9 @@ def test_transcript(copy):
 def test_snippet_answers_rightly(copy):
     code = next(block for kind, block in BLOCKS if kind == "python" and "load_model" in block)
     (copy / "snippet.py").write_text(code, encoding="utf-8")
-    answer = forks.run(["snippet.py"], copy).stdout
-    assert answer.rstrip().endswith("#### 64") and "<|" not in answer, answer
+    done = forks.run(["snippet.py"], copy)
+    answer = done.stdout
+    assert done.returncode == 0 and answer.rstrip().endswith("#### 64") and "<|" not in answer, answer
 
 
 def test_the_quoted_loop_is_the_loop():

@@ -64,16 +64,6 @@ def write_model(folder, raw, scale=0.2):
     return folder
 
 
-def end(processes, seconds=100):
-    """-> [(status, stdout, stderr)] of every rank; none outlives the test."""
-    try:
-        found = [process.communicate(timeout=seconds) for process in processes]
-        return [(process.returncode, *texts) for process, texts in zip(processes, found)]
-    finally:
-        for process in processes:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
@@ -97,7 +87,7 @@ def alone(folders):
 def together(request, folders, tmp_path_factory):
     """-> {folder's name: what each rank says, a list}"""
     out = tmp_path_factory.mktemp(f"ranks{request.param}")
-    ended = end(forks.ranks(request.param, ["tests/parallel_worker.py", out, *folders.values()]))
+    ended = forks.end(forks.ranks(request.param, ["tests/parallel_worker.py", out, *folders.values()]))
     for rank, (status, said, complaints) in enumerate(ended):
         assert status == 0, f"rank {rank} ended with status {status}: {said} {complaints}"
     ranks = [torch.load(out / f"{rank}.pt") for rank in range(request.param)]
@@ -217,8 +207,8 @@ def test_the_command_says_what_it_says_alone():
         for process in (one, many[0]):
             process.stdin.write(piped or "")
             process.stdin.close()
-        (status, expected, _), = end([one])
-        ended = end(many)
+        (status, expected, _), = forks.end([one])
+        ended = forks.end(many)
         assert status == 0 and [status for status, *_ in ended] == [0, 0], ended
         assert ended[0][1] == expected and "heads, MLP and head divided over 2 ranks" in ended[0][2]
         assert ended[1][1:] == ("", ""), "only the first rank prints"
@@ -241,7 +231,7 @@ def test_a_rank_that_dies_ends_the_others(dead):
     processes = forks.ranks(2, LONG)
     wait_for(processes[0], "prefill")
     processes[dead].send_signal(signal.SIGKILL)
-    status, _, complaint = end(processes, 30)[1 - dead]
+    status, _, complaint = forks.end(processes, 30)[1 - dead]
     lines = [line for line in complaint.splitlines() if line.startswith("generate.py:")]
     assert status == 1 and len(lines) == 1 and "another rank has ended or does not answer" in lines[0], complaint
     assert "Traceback" not in complaint
@@ -256,7 +246,7 @@ def test_a_rank_that_hangs_ends_the_others():
     wait_for(processes[0], "prefill")
     processes[1].send_signal(signal.SIGSTOP)
     try:
-        (status, _, complaint), = end(processes[:1], 30)
+        (status, _, complaint), = forks.end(processes[:1], 30)
     finally:
         processes[1].kill()
         processes[1].communicate()
@@ -284,7 +274,7 @@ def test_a_rank_reads_its_part_only(tmp_path):
     """At its highest, pages of mapped files included: 1.1 times its part, and one tensor."""
     raw = LLAMA | {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64, "vocab_size": 4000}
     folder = write_model(tmp_path / "model", raw, scale=0.02)
-    found = [json.loads(said) for status, said, complaints in end(forks.ranks(2, ["tests/parallel_memory.py", folder], new=fresh))]
+    found = [json.loads(said) for status, said, complaints in forks.end(forks.ranks(2, ["tests/parallel_memory.py", folder], new=fresh))]
     biggest = 4 * 4096 * 512
     for rank in found:
         whole, part, most = sum(f.stat().st_size for f in folder.iterdir()), rank["part"], rank["peak_load"]

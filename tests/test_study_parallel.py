@@ -74,16 +74,17 @@ def test_kills_and_another_number_of_replicas(alone, tmp_path):
         running = [torchrun(count, *command[2:])] if kill % 2 == 0 else forks.ranks(count, command)
         wait_for(lambda: len(lines(tmp_path)) >= before + draw.randint(1, 4), running[0])
         if running[0].poll() is None:
-            victims = [draw.choice(workers(running[0]))] if kill % 2 == 0 else [process.pid for process in running]
-            for pid in victims:
-                os.kill(pid, signal.SIGKILL)
+            if kill % 2 == 0:
+                os.kill(draw.choice(workers(running[0])), signal.SIGKILL)
+            else:
+                for process in running:
+                    process.kill()
             killed.append(kill)
-        for process in running:
-            process.communicate(timeout=60)             # none of them hangs
-            assert (process.returncode != 0) == (kill in killed)
+        for status, *_ in forks.end(running, 60):       # none of them hangs
+            assert (status != 0) == (kill in killed)
     assert len(killed) == KILLS, "the runs ended before they could be killed"
-    ended = [(process.communicate(timeout=200), process.returncode) for process in forks.ranks(3, command)]
-    assert [status for _, status in ended] == [0, 0, 0], ended
+    ended = forks.end(forks.ranks(3, command))
+    assert [status for status, *_ in ended] == [0, 0, 0], ended
     assert facts(tmp_path) == facts(alone)
     assert rows(tmp_path) == rows(alone)                # each once, though many files hold them
     assert study(*EMBEDDED, "--out", tmp_path).returncode == 0      # and one process finds nothing to do
@@ -91,15 +92,16 @@ def test_kills_and_another_number_of_replicas(alone, tmp_path):
 
 
 def test_ranks_of_one_model(tmp_path_factory):
-    """Two ranks a model, two models; losses as alone within rounding, by the loop and by the closed form."""
+    """Two ranks a model, two models; losses as alone within rounding, by the loop and, under torchrun, by the closed form."""
     import json
     folder, found = make(tmp_path_factory.mktemp("model")), {}
     for form in ([], ["--slot-fast"]):
         one, many = (tmp_path_factory.mktemp(name) for name in ("one", "many"))
         run.main(parse_arguments(options(folder, one, *form)))
-        running = forks.ranks(4, ["-m", "study", *options(folder, many, "--tensor-parallel", "2", *form)])
-        said = "".join(process.communicate(timeout=200)[1] for process in running)
-        assert not any(process.returncode for process in running) and said.count("report    ") == 1, said
+        arguments = options(folder, many, "--tensor-parallel", "2", *form)
+        running = [torchrun(4, *arguments)] if form else forks.ranks(4, ["-m", "study", *arguments])
+        statuses, _, said = zip(*forks.end(running))
+        assert not any(statuses) and "".join(said).count("report    ") == 1, said
         found = [{(row["sample"], row["setting"]): row for row in map(json.loads, lines(out))} for out in (one, many)]
         assert found[0].keys() == found[1].keys() and (many / "results-1.jsonl").stat().st_size > 0
         for key, row in found[0].items():

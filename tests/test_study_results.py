@@ -198,9 +198,12 @@ def test_all_rooms_that_make_the_numbers_are_in_the_fingerprint(tmp_path):
 def test_what_measures_imports_only_what_is_in_the_fingerprint():
     """A room of ours that study/measure.py comes to import must be in SOURCE, or in this list of those that make no number."""
     code = "import sys, study.measure, study.run; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)), sep='\\n')"
-    files = forks.run(["-c", code]).stdout.split("\n")
+    done = forks.run(["-c", code])
+    assert done.returncode == 0, done.stderr
+    files = done.stdout.split("\n")
     ours = {os.path.relpath(file, ROOT) for file in files if file.startswith(str(ROOT) + os.sep)}
     ours = {name for name in ours if not name.startswith((".", "venv"))}
+    assert "study/measure.py" in ours
     numberless = {"study/__init__.py", "study/settings.py", "study/results.py", "study/progress.py", "study/report.py", "study/plot.py", "study/stats.py",
                   "speed/__init__.py", "speed/delta.py", "speed/parallel.py", "speed/parallel_delta.py", "speed/ranks.py"}
     assert {name for name in ours if not name.startswith("checks/")} <= set(source_digests(False, None)) | numberless

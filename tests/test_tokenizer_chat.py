@@ -13,14 +13,12 @@ from tokenizer import load_tokenizer
 from tokenizer.chat import render
 
 ANSWERS = json.loads(golden.FILE.read_text())
-
 CHATTING = [name for name in golden.CUTS if (golden.FOLDERS / name / "chat_template.jinja").exists()]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def without_a_child(monkeypatch):
-    """These templates are ours, and a fork for each of thousands of prompts takes most of the time. What a
-    stranger's may do is in test_checks_child.py."""
+    """For thousands of prompts of our own templates: a fork for each takes most of the time."""
     monkeypatch.delattr("os.fork", raising=False)
 
 
@@ -111,7 +109,7 @@ def test_whatever_the_flags_of_the_token(tmp_path):
 
 
 @pytest.mark.parametrize("name", CHATTING)
-def test_nor_in_published_templates(name):
+def test_nor_in_published_templates(name, without_a_child):
     """Every added token, typed by every role: the prompt has the added tokens that it has without."""
     ours = load_tokenizer(golden.FOLDERS / name)
     for typed in ours.added:
@@ -210,7 +208,7 @@ def test_every_character_for_private_use(tmp_path):
     assert "private use" in line_of(error)
 
 
-def test_typed_text_of_every_kind(tmp_path):
+def test_typed_text_of_every_kind(tmp_path, without_a_child):
     """Random vocabularies and messages: the added tokens are those of the same chat with harmless contents."""
     r = random.Random(3)
     pool = ["<|a|>", "<|a", "|a|>", "e\u0301", "\n\n", "  ", "[A]", "<a>", "\u212b", "ﬁ", "a", "K", "<", "x", " ", "é", "\u0301", "|", ">", "\n"]

@@ -78,7 +78,7 @@ def test_thousands_of_added_tokens_cost_linear_time(tmp_path, content):
     ours = load_tokenizer(write(tmp_path, spec(added=added)))
     for text in ("<" * 150_000, "<|" * 75_000, "a" * 150_000, added[7]["content"] * 2500, "plain text, and so on " * 7_500):
         assert ours.decode(ours.encode(text, allow_special=True)) == text
-    assert seconds() - started < 20                                 # 2
+    assert seconds() - started < 10                                 # 2
 
 
 def test_many_lengths_of_added_token_costs_linear_time(tmp_path):
@@ -86,7 +86,7 @@ def test_many_lengths_of_added_token_costs_linear_time(tmp_path):
     started = seconds()
     assert len(ours.encode("a" * 100_000)) == 100_000
     ours = load_tokenizer(write(tmp_path, spec(added=[token(1000 + i, "a" * i) for i in range(2, 66)])))
-    assert len(ours.encode("ab" * 50_000, allow_special=True)) == 100_000 and seconds() - started < 10
+    assert len(ours.encode("ab" * 50_000, allow_special=True)) == 100_000 and seconds() - started < 8
 
 
 def test_long_runs_of_combining_marks_are_refused_and_short_ones_are_linear(tmp_path):
