@@ -1,8 +1,8 @@
 """A suite that cannot fail proves nothing: planted mistakes must turn it red.
 
 `python tests/mutations.py` plants all of them and takes minutes; its table is in README.md. Here a few
-are planted, one for each way of being wrong, and every mutation is checked to still name a line of the
-code, so that the table does not go stale.
+are planted, and the one that nothing can see, which must stay green; every mutation is checked to still
+name a line of the code, so that the table does not go stale.
 """
 import os
 

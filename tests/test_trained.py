@@ -176,7 +176,7 @@ def test_the_command_answers():
     question = GOLDEN["chats"][0]["messages"][0]["content"]
     command = ["generate.py", "--model", "smollm2", question, "--max-new-tokens", "64"]
     answer = tokenizer().decode(VALUES["new_float32_0"].tolist()).split("<|im_end|>")[0]
-    for options in ([], ["--slot-steps", "3", "--slot-fast"]):
+    for options in ([], ["--slot-steps", "3", "--slot-fast", "--max-new-tokens", "16"]):
         done = forks.run(command + options)
         assert done.returncode == 0, done.stderr[-1000:]
         assert "Paris" in done.stdout and (options or done.stdout.strip() == answer.strip())
