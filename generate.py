@@ -134,7 +134,7 @@ def optimizer(args, lm):
 
 def say_fit(args, lm, tokenizer, hidden, delta, losses, seconds):
     """What δ did to the prompt: the losses, and which tokens it made more and less likely."""
-    way = "closed form" if args.slot_fast else "the loop of slot.py"
+    way = "closed form" if args.slot_fast else f"the loop of {args.slot_file or 'slot.py'}"
     if args.delta is not None:
         say(f"slot      δ from {show(args.delta, 160)}")
     else:
@@ -151,7 +151,7 @@ def say_fit(args, lm, tokenizer, hidden, delta, losses, seconds):
 
 @torch.no_grad()
 def probabilities(lm, hidden, delta, most=32):
-    """Mean probability of every token over (at most 32 of) the prompt's positions, before δ and
+    """Mean probability of every token over (fewer than 64 of) the prompt's positions, before δ and
     with it: (V,) each. Probabilities, for softmax ignores what W δ adds to all tokens alike."""
     some = hidden[0, ::max(1, hidden.shape[1] // most)]                 # (n, d)
     logits = lm.lm_head(some).float()                                   # (n, V)

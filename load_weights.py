@@ -131,8 +131,8 @@ def load_model(folder, device="cpu", dtype="auto", part=None):
     """A folder, or a name for `find_model` -> CausalLM, frozen, in evaluation mode.
 
     dtype: "float32", "bfloat16", "float16", or "auto": what config.json names, else what the file
-    holds. Built on the `meta` device, without memory, it takes the file's tensors as parameters;
-    there a random start, as nn.Embedding makes, would import 800 modules and take a second.
+    holds. Built on the `meta` device, without memory, it takes the file's tensors as parameters.
+    (nn.Embedding's own random start would import 800 modules there, in a second.)
     part: a function of a weight's name and the weight -> what is kept of it; see speed/parallel.py.
     Strict: every weight, no other, in its shape, or one line of ValueError.
     """
@@ -151,7 +151,7 @@ def load_model(folder, device="cpu", dtype="auto", part=None):
     lm.tie_weights()                            # assignment has made two parameters of the one
 
     check_dtype(dtype, DTYPES)
-    dtype = config.dtype or embedding.dtype if dtype == "auto" else dtype
+    dtype = (config.dtype or embedding.dtype) if dtype == "auto" else dtype
     dtype = DTYPES.get(str(dtype).removeprefix("torch."), torch.float32)
     del tensors, embedding                      # a file stays mapped while a weight is a view of it
     for name, parameter in lm.named_parameters():   # one at a time: one copy on its way, no more

@@ -7,8 +7,8 @@ One token through this file:
         MLP:       what this token makes of it     (`RMSNorm`, down(silu(gate) * up))
     a last `RMSNorm` gives the hidden state h, which is where SLOT cuts in:
         hidden = lm.model(tokens, cache)  (B, T, d);   logits = lm.lm_head(hidden)  (B, T, V)
-Llama, Qwen2 and Qwen3 differ in four switches only: bias on q/k/v, norm on q/k, rope scaling, tied
-head. Names (`q_proj`, ...) are the checkpoint's own: each leads from the file to the line.
+Llama, Qwen2 and Qwen3 differ in a few switches only: biases, norm on q/k, rope scaling, tied head.
+Names (`q_proj`, ...) are the checkpoint's own: each leads from the file to the line.
 
 Letters: B batch, T new tokens, S all tokens so far (cached + new), d width, H query heads,
 K key/value heads, D head_dim, V vocabulary.
@@ -62,7 +62,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions):
         """positions (B or 1, T) -> cos, sin, each (B or 1, 1, T, D), as `rotate` needs them: sin is
         negative in its first half. float32 whatever the model's dtype: angles reach the thousands,
-        where bfloat16 knows whole numbers at best."""
+        where bfloat16 skips whole numbers."""
         angles = positions[:, None, :, None] * self.inv_freq            # (B, 1, T, D/2)
         cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -20,6 +21,7 @@ SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasatt
 # torch asks Linux for memory in pages of 2 MB if this is set before it allocates: to get pages of
 # 4 KB takes longer than to fill them, and SLOT's (T, V) tensors come and go.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,8 +64,9 @@ def number(kind, low, high=math.inf, above=False):
         if not finite or not low <= value <= high or (above and value == low):
             what = "an integer" if kind is int else "a number"
             least = "above" if above else "of at least"
-            most = f" and at most {high:,}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {what} {least} {low:,}{most}")
+            most = f" and at most {high:,.15g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} is not {what} {least} {low:,.15g}{most}")
         return value
     return parse
 
@@ -119,7 +122,7 @@ def run(main, args):
         status = end.code or 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         reason = reason_of(error)
-        if reason is None:
+        if reason is None or not on_purpose(error):
             raise
         try:
             fail(reason)
@@ -131,6 +134,16 @@ def run(main, args):
     except OSError:
         pass
     os._exit(status)                                    # no more complaints about a closed pipe
+
+
+def on_purpose(error):
+    """Whether a ValueError was raised by a line of this project, or of the reader's --slot-file,
+    that says so: any other is a defect, most often in a loop that somebody tries."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = ROOT in Path(last.filename).resolve().parents and "site-packages" not in last.filename
+    slot = getattr(sys.modules.get("slot"), "__file__", None)
+    said = (ours or last.filename == slot) and (last.line or "raise").startswith("raise")
+    return said or type(error) is not ValueError
 
 
 def reason_of(error):

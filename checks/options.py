@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from checks.command import Parser, number
-from checks.slot_file import use_slot_file
+from checks.slot_file import slot_file, use_slot_file
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 NEW_TOKENS = 256
@@ -27,7 +27,7 @@ def parse_arguments(arguments=None):
     add("--slot-fast", action="store_true", help="the same δ by speed/delta.py, in bounded memory")
     add("--slot-memory", type=number(float, 0, 1 << 20, above=True), default=1.0, metavar="GIB",
         help="that bound (default 1)")
-    add("--slot-file", type=use_slot_file, metavar="FILE", help="your copy of slot.py for ours")
+    add("--slot-file", type=slot_file, metavar="FILE", help="your copy of slot.py for ours")
     add("--save-delta", metavar="FILE", help="keep δ as a safetensors file")
     add("--delta", metavar="FILE", help="answer with a δ that was kept, instead of fitting one")
     add("--compare", action="store_true", help="the plain answer, then SLOT's (5 steps at 0.1)")
@@ -50,6 +50,8 @@ def parse_arguments(arguments=None):
             args.slot_steps, args.slot_lr = 5, 0.1
     args.slot_lr = args.slot_lr or 0.01
     check_options(parser, args)
+    if args.slot_file:
+        use_slot_file(parser, args.slot_file)
     return args
 
 
@@ -65,8 +67,10 @@ def check_options(parser, args):
              "--delta brings a δ; leave --slot-steps out"),
             (args.save_delta is not None and not args.slot_steps,
              "--save-delta needs --slot-steps"),
-            (args.picture is not None and not args.slot_steps and args.delta is None,
-             "--picture shows what δ does; let --slot-steps be at least 1"),
+            (args.compare and not args.slot_steps and args.delta is None,
+             "--compare and --picture show what δ does; let --slot-steps be at least 1"),
+            (args.slot_fast and args.slot_file,
+             "--slot-file runs the loop of that file; leave --slot-fast out"),
             (args.reference is not None and args.picture is None, "--reference needs --picture"),
             ("RANK" in os.environ and any(
                 path is not None for path in (args.delta, args.save_delta, args.picture)),

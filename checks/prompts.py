@@ -21,6 +21,9 @@ def read_prompts(args):
     texts = [read_stdin() if text == "-" else text for text in args.prompt]
     if not texts and not args.problem:
         texts = piped()
+    if len(texts) > 2 and not any(" " in text for text in texts):
+        print(f"note      {len(texts)} prompts; quotes around a question make it one",
+              file=sys.stderr, flush=True)
     return [(text, args.system, "") for text in texts]
 
 

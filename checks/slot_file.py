@@ -5,13 +5,23 @@ import os
 import sys
 
 
-def use_slot_file(path):
-    """An argparse type: puts the file in the place of slot.py, for all that imports it from now on.
-    An error in the file shows as Python shows it: it is the reader's own program."""
+NEEDED = ("prefill", "optimize_delta", "likeliest", "steer", "decode", "generate")
+
+
+def slot_file(path):
+    """An argparse type."""
     if not os.path.isfile(path) or not path.endswith(".py"):
         raise argparse.ArgumentTypeError(f"{path[:160]!r} is no Python file; copy slot.py")
+    return path
+
+
+def use_slot_file(parser, path):
+    """Puts the file in the place of slot.py, for all that imports it from now on. An error in the
+    file shows as Python shows it: it is the reader's own program."""
     sys.path.insert(0, os.getcwd())
     spec = importlib.util.spec_from_file_location("slot", path)
     module = sys.modules["slot"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return path
+    for name in NEEDED:
+        if not hasattr(module, name):
+            parser.error(f"--slot-file {path[:160]!r} has no {name}; copy the whole of slot.py")

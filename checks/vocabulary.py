@@ -32,6 +32,8 @@ def check_folder(folder):
     if os.path.lexists(folder / "tokenizer.json"):
         return
     what, do = "holds no tokenizer.json", "download this file too"
+    if not os.path.lexists(folder / "config.json"):
+        what, do = "holds no tokenizer.json and no config.json", "give the folder of a model"
     if any(os.path.lexists(folder / name) for name in ("vocab.json", "tokenizer.model")):
         what += ", only an older form of it"
         do = "make one: transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"

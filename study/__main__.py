@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from checks.command import Parser, early_signals, number, run
-from checks.slot_file import use_slot_file
+from checks.slot_file import slot_file, use_slot_file
 from study.settings import CONTROLS
 from study.tasks import TASKS
 
@@ -40,13 +40,13 @@ def control(text):
 
 
 def parser():
-    parser = Parser(prog="study", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m study", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--task", choices=list(TASKS), default="tiny", help="the others need --data")
     add("--data", metavar="FILE", help="the task's problems, as published")
     add("--model", default=str(TINY), metavar="FOLDER_OR_ID", help="(default: the embedded model)")
     add("--quick", action="store_true", help="40 problems a kind, 3 settings, printed, not kept")
-    add("--slot-file", type=use_slot_file, metavar="FILE", help="your copy of slot.py for ours")
+    add("--slot-file", type=slot_file, metavar="FILE", help="your copy of slot.py for ours")
     add("--slot-fast", action="store_true", help="closed-form gradient, not the readable loop")
     add("--steps", type=listed(STEPS), metavar="1,2", help="(default 1,2,3,5; tiny: and 10,20)")
     add("--lr", type=listed(RATE), metavar="X,Y", help="learning rates (default 0.01,0.1)")
@@ -88,6 +88,8 @@ def parse_arguments(arguments=None):
         command.error("--tensor-parallel needs torchrun, which starts the processes")
     if args.slot_fast and args.slot_file:
         command.error("--slot-file runs the loop of that file; leave --slot-fast out")
+    if args.slot_file:
+        use_slot_file(command, args.slot_file)
     if not args.points and args.quick and not (args.steps or args.lr):
         args.points = QUICK
     steps = args.steps or [1, 2, 3, 5] + [10, 20] * tiny

@@ -1,5 +1,9 @@
 """A picture of one prompt: what δ saw in it, what it changed, where the answer turned. `Picture`
-looks on while generate.py fits δ and decodes; picture.html, beside this file, draws it."""
+looks on while generate.py fits δ and decodes; picture.html, beside this file, draws it. The page in README.md:
+
+    python generate.py --model smollm2 --picture out.html "Rewrite politely: Send me the report now." \\
+        --reference "Could you please send me the report now?"
+"""
 import json
 import os
 import time

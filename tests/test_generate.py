@@ -457,11 +457,43 @@ def test_slot_file_takes_the_place_of_slot(several, tmp_path):
     assert steered.returncode == 0 and steered.stdout not in (usual, backwards.stdout)
 
 
-def test_an_error_in_a_slot_file_shows_as_python_shows_it(tmp_path):
-    """It is the reader's own program: they need the line."""
-    path = edited(tmp_path, ("nll = loss(logits[0], targets)", "nll = los(logits[0], targets)"))
-    done = forks.run([ROOT / "generate.py", "--slot-steps", "1", "--slot-file", path])
-    assert done.returncode == 1 and "NameError" in done.stderr and "my_slot.py" in done.stderr
+@pytest.mark.parametrize("old, new, words", [
+    ("nll = loss(logits[0], targets)", "nll = los(logits[0], targets)", ["NameError", "my_slot.py"]),
+    ("nll = loss(logits[0], targets)", "nll = loss(logits[0, :3], targets)", ["ValueError: Expected input", "my_slot.py"]),
+    ("return delta.detach(), torch.stack(losses)", "return delta.detach()", ["ValueError: not enough values", "generate.py"]),
+    ("import torch\nimport", "import torch, nosuch\nimport", ["ModuleNotFoundError", "my_slot.py"]),
+    ("def prefill(lm, tokens, max_new_tokens):", "def prefill(lm, tokens:", ["SyntaxError", "my_slot.py"])])
+def test_an_error_in_a_slot_file_shows_as_python_shows_it(old, new, words, tmp_path):
+    """It is the reader's own program: they need the line. Also where torch says ValueError, which in our own code is
+    a judgement on input."""
+    done = forks.run([ROOT / "generate.py", "--slot-steps", "1", "--slot-file", edited(tmp_path, (old, new))])
+    assert done.returncode == 1 and "Traceback" in done.stderr and all(word in done.stderr for word in words), done.stderr
+
+
+def test_what_a_slot_file_refuses_on_purpose_is_a_line(tmp_path):
+    path = edited(tmp_path, ("def prompt_loss(logits, targets):", "def prompt_loss(logits, targets):\n    raise ValueError('no loss today')"))
+    done = process("--slot-steps", "1", "--slot-file", path)
+    assert done.returncode == 1 and done.stderr.endswith("\ngenerate.py: no loss today\n")
+
+
+def test_a_slot_file_must_be_whole_and_is_named(tmp_path):
+    done = process("--slot-file", edited(tmp_path, ("def steer(", "def steered(")))
+    assert done.returncode == 2 and "has no steer; copy the whole of slot.py" in done.stderr and done.stderr.count("\n") == 1
+    path = edited(tmp_path)
+    assert f"the loop of {path}," in process("--slot-steps", "1", "--slot-file", path).stderr
+    assert "leave --slot-fast out" in process("--slot-fast", "--slot-file", path).stderr
+
+
+def test_a_question_without_quotes_gets_a_hint():
+    """Six prompts are answered, for they may be meant; three of two words each are."""
+    said = "note      3 prompts; quotes around a question make it one\n"
+    assert said in run("What", "is", "2+2?", "--max-new-tokens", 1).err
+    assert said not in run("a b", "c d", "e f", "--max-new-tokens", 1).err
+
+
+def test_compare_needs_a_delta():
+    result = command()(["--compare", "--slot-steps", 0])
+    assert result.status == 2 and "let --slot-steps be at least 1" in result.err
 
 
 # ---- the library -----------------------------------------------------------------------------------------
