@@ -104,8 +104,7 @@ def main(args):
     if find_spec("gguf") is None:
         raise ValueError("the gguf library reads this format; get it with: pip install gguf")
     if os.path.lexists(args.folder):
-        raise ValueError(f"{show(args.folder, 160)}: is there already, for --model of "
-                         "generate.py; to make another, name a new folder")
+        raise ValueError(f"{show(args.folder, 160)}: is there already; use it, or name a new one")
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=".convert-") as scratch:
         path = fetch(args.source, scratch) if named else regular_file(args.source)
