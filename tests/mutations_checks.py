@@ -134,6 +134,10 @@ TABLE = {
     ("checks/command.py", f"{COMMAND} -k reasons"): [
         ("no figure for a lack of memory", "        if wanted:\n", "        if False:\n"),
     ],
+    ("checks/command.py", "tests/test_generate.py -k slot_file"): [
+        ("a slip in one's own slot.py becomes a line without a place", " or not on_purpose(error):", ":"),
+        ("what a slot.py refuses on purpose shows as a traceback", "(ours or last.filename == slot)", "ours"),
+    ],
     ("checks/command.py", f"{COMMAND} -k wrong_options"): [
         ("options may be cut short", "allow_abbrev=False", "allow_abbrev=True"),
     ],

@@ -11,6 +11,11 @@ BATCH = "tests/test_speed_batch.py"
 INVISIBLE = {"weight decay 0"}
 
 TABLE = {
+    ("model.py", "tests/test_load_weights.py -k compiler"): [
+        ("the embedding starts at random, which imports a compiler",
+         "nn.Embedding.from_pretrained(table, freeze=False)",
+         "nn.Embedding(config.vocab_size, config.hidden_size)"),
+    ],
     ("model.py", MODEL): [
         ("rope pairs neighbours (2i, 2i+1) instead of halves",
          "    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)",
