@@ -462,7 +462,8 @@ def test_slot_file_takes_the_place_of_slot(several, tmp_path):
     ("nll = loss(logits[0], targets)", "nll = loss(logits[0, :3], targets)", ["ValueError: Expected input", "my_slot.py"]),
     ("return delta.detach(), torch.stack(losses)", "return delta.detach()", ["ValueError: not enough values", "generate.py"]),
     ("import torch\nimport", "import torch, nosuch\nimport", ["ModuleNotFoundError", "my_slot.py"]),
-    ("def prefill(lm, tokens, max_new_tokens):", "def prefill(lm, tokens:", ["SyntaxError", "my_slot.py"])])
+    ("def prefill(lm, tokens, max_new_tokens):", "def prefill(lm, tokens:", ["SyntaxError", "my_slot.py"])],
+    ids=["name", "torch", "results", "import", "syntax"])
 def test_an_error_in_a_slot_file_shows_as_python_shows_it(old, new, words, tmp_path):
     """It is the reader's own program: they need the line. Also where torch says ValueError, which in our own code is
     a judgement on input."""
