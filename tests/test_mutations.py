@@ -1,8 +1,8 @@
 """A suite that cannot fail proves nothing: planted mistakes must turn it red.
 
 `python tests/mutations.py` plants all of them and takes minutes; its table is in README.md. Here a few
-are planted, and the one that nothing can see, which must stay green; every mutation is checked to still
-name a line of the code, so that the table does not go stale.
+are planted, and every mutation is checked to still name a line of the code, so that the table does not
+go stale.
 """
 import os
 
@@ -12,7 +12,7 @@ import forks
 from mutations import MUTATIONS, ROOT
 
 pytestmark = pytest.mark.mutation
-A_FEW = ["rope pairs neighbours", "sign of the loss", "keys without values", "weight decay 0"]
+A_FEW = ["rope pairs neighbours", "sign of the loss", "keys without values"]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.description)
@@ -33,5 +33,5 @@ def test_descriptions_are_different():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="mutations.py forks, which this system cannot")
 def test_a_few_mistakes_turn_the_suite_red():
     done = forks.run([ROOT / "tests/mutations.py", "--planted", *A_FEW])
-    said = "4 mutations, 3 must turn red; 0 went otherwise"         # the last is invisible: it stays green
-    assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+    said = ("hidden states differ by", "delta differs by", "3 mutations, 3 must turn red; 0 went otherwise")
+    assert done.returncode == 0 and all(words in done.stdout for words in said), done.stdout + done.stderr

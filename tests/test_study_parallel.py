@@ -92,18 +92,19 @@ def test_kills_and_another_number_of_replicas(alone, tmp_path):
 
 
 def test_ranks_of_one_model(tmp_path_factory):
-    """Two ranks a model, two models; losses as alone within rounding, by the loop and, under torchrun, by the closed form."""
+    """Two ranks a model; losses as alone within rounding. By the loop two models; by the closed form one, under torchrun."""
     import json
     folder, found = make(tmp_path_factory.mktemp("model")), {}
     for form in ([], ["--slot-fast"]):
         one, many = (tmp_path_factory.mktemp(name) for name in ("one", "many"))
         run.main(parse_arguments(options(folder, one, *form)))
         arguments = options(folder, many, "--tensor-parallel", "2", *form)
-        running = [torchrun(4, *arguments)] if form else forks.ranks(4, ["-m", "study", *arguments])
+        running = [torchrun(2, *arguments)] if form else forks.ranks(4, ["-m", "study", *arguments])
         statuses, _, said = zip(*forks.end(running))
         assert not any(statuses) and "".join(said).count("report    ") == 1, said
         found = [{(row["sample"], row["setting"]): row for row in map(json.loads, lines(out))} for out in (one, many)]
-        assert found[0].keys() == found[1].keys() and (many / "results-1.jsonl").stat().st_size > 0
+        assert found[0].keys() == found[1].keys()
+        assert form or (many / "results-1.jsonl").stat().st_size > 0        # the second model's share
         for key, row in found[0].items():
             for figure in ("prompt_loss", "answer_loss", "alignment"):
                 if figure in row:
