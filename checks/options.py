@@ -50,8 +50,7 @@ def parse_arguments(arguments=None):
             args.slot_steps, args.slot_lr = 5, 0.1
     args.slot_lr = args.slot_lr or 0.01
     check_options(parser, args)
-    if args.slot_file:
-        use_slot_file(parser, args.slot_file)
+    use_slot_file(parser, args)
     return args
 
 
@@ -69,8 +68,6 @@ def check_options(parser, args):
              "--save-delta needs --slot-steps"),
             (args.compare and not args.slot_steps and args.delta is None,
              "--compare and --picture show what δ does; let --slot-steps be at least 1"),
-            (args.slot_fast and args.slot_file,
-             "--slot-file runs the loop of that file; leave --slot-fast out"),
             (args.reference is not None and args.picture is None, "--reference needs --picture"),
             ("RANK" in os.environ and any(
                 path is not None for path in (args.delta, args.save_delta, args.picture)),

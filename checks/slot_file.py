@@ -4,7 +4,6 @@ import importlib.util
 import os
 import sys
 
-
 NEEDED = ("prefill", "optimize_delta", "likeliest", "steer", "decode", "generate")
 
 
@@ -15,13 +14,18 @@ def slot_file(path):
     return path
 
 
-def use_slot_file(parser, path):
-    """Puts the file in the place of slot.py, for all that imports it from now on. An error in the
-    file shows as Python shows it: it is the reader's own program."""
+def use_slot_file(parser, args):
+    """Puts --slot-file, if it is given, in the place of slot.py, for all that imports it from now
+    on. An error in the file shows as Python shows it: it is the reader's own program."""
+    if not args.slot_file:
+        return
+    if args.slot_fast:
+        parser.error("--slot-file runs the loop of that file; leave --slot-fast out")
     sys.path.insert(0, os.getcwd())
-    spec = importlib.util.spec_from_file_location("slot", path)
+    spec = importlib.util.spec_from_file_location("slot", args.slot_file)
     module = sys.modules["slot"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for name in NEEDED:
         if not hasattr(module, name):
-            parser.error(f"--slot-file {path[:160]!r} has no {name}; copy the whole of slot.py")
+            parser.error(f"--slot-file {args.slot_file[:160]!r} has no {name}; copy the whole of "
+                         "slot.py")

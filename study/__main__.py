@@ -86,10 +86,7 @@ def parse_arguments(arguments=None):
         command.error("give --points, or --steps and --lr")
     if args.tensor_parallel > 1 and "RANK" not in os.environ:
         command.error("--tensor-parallel needs torchrun, which starts the processes")
-    if args.slot_fast and args.slot_file:
-        command.error("--slot-file runs the loop of that file; leave --slot-fast out")
-    if args.slot_file:
-        use_slot_file(command, args.slot_file)
+    use_slot_file(command, args)
     if not args.points and args.quick and not (args.steps or args.lr):
         args.points = QUICK
     steps = args.steps or [1, 2, 3, 5] + [10, 20] * tiny

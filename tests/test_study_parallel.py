@@ -25,8 +25,9 @@ EMBEDDED = ["--limit", str(4 * KILLS), "--batch", "2", "--steps", "3", "--lr", "
             "--max-new-tokens", "12"]
 
 
-def torchrun(ranks, *arguments):
-    return forks.Fork(["-m", "torch.distributed.run", "--nproc-per-node", ranks, "-m", "study", *arguments])
+def torchrun(ranks, command):
+    """As forks.ranks, but one process, which starts them."""
+    return [forks.Fork(["-m", "torch.distributed.run", "--nproc-per-node", ranks, *command])]
 
 
 def lines(out):
@@ -71,7 +72,7 @@ def test_kills_and_another_number_of_replicas(alone, tmp_path):
     draw, killed, command = random.Random(0), [], ["-m", "study", *EMBEDDED, "--out", tmp_path]
     for kill in range(KILLS):
         before, count = len(lines(tmp_path)), draw.choice([2, 3])
-        running = [torchrun(count, *command[2:])] if kill % 2 == 0 else forks.ranks(count, command)
+        running = (torchrun if kill % 2 == 0 else forks.ranks)(count, command)
         wait_for(lambda: len(lines(tmp_path)) >= before + draw.randint(1, 4), running[0])
         if running[0].poll() is None:
             if kill % 2 == 0:
@@ -98,8 +99,8 @@ def test_ranks_of_one_model(tmp_path_factory):
     for form in ([], ["--slot-fast"]):
         one, many = (tmp_path_factory.mktemp(name) for name in ("one", "many"))
         run.main(parse_arguments(options(folder, one, *form)))
-        arguments = options(folder, many, "--tensor-parallel", "2", *form)
-        running = [torchrun(2, *arguments)] if form else forks.ranks(4, ["-m", "study", *arguments])
+        command = ["-m", "study", *options(folder, many, "--tensor-parallel", "2", *form)]
+        running = torchrun(2, command) if form else forks.ranks(4, command)
         statuses, _, said = zip(*forks.end(running))
         assert not any(statuses) and "".join(said).count("report    ") == 1, said
         found = [{(row["sample"], row["setting"]): row for row in map(json.loads, lines(out))} for out in (one, many)]
