@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from checks.config import check_config
-from checks.files import check_target, parse_json, read_json, regular_file
+from checks.files import check_target, parse_json, read_json, regular_file, whole_file
 from checks.hub import find_kept
 from checks.safetensors import check_folder, check_header, check_index, check_shard, check_start
 from checks.weights import check_dtype, check_layers, check_weights
@@ -64,18 +64,11 @@ def write_safetensors(path, tensors):
                         "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                     # so that the numbers begin aligned
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in tensors.values():
-                flat = tensor.detach().cpu().contiguous().view(-1)
-                file.write(flat.view(torch.uint8).numpy().data)
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def read_weights(folder):
@@ -132,7 +125,6 @@ def load_model(folder, device="cpu", dtype="auto", part=None):
 
     dtype: "float32", "bfloat16", "float16", or "auto": what config.json names, else what the file
     holds. Built on the `meta` device, without memory, it takes the file's tensors as parameters.
-    (nn.Embedding's own random start would import 800 modules there, in a second.)
     part: a function of a weight's name and the weight -> what is kept of it; see speed/parallel.py.
     Strict: every weight, no other, in its shape, or one line of ValueError.
     """

@@ -163,10 +163,9 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        table = torch.empty(config.vocab_size, config.hidden_size)      # unfilled: see load_weights
+        table = torch.empty(config.vocab_size, config.hidden_size)  # not random: that takes 1 s
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 

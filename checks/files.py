@@ -7,6 +7,7 @@ import os
 import re
 import reprlib
 import stat
+from contextlib import contextmanager
 from pathlib import Path
 
 MAX_JSON = 64 << 20     # bytes; the largest tokenizer.json has 35 MB, and parsing takes tenfold
@@ -80,6 +81,21 @@ def check_target(path):
         refuse(path, "is there and no regular file", "give another name")
     if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
         refuse(path, "cannot be written, for lack of a folder or permission", "give another name")
+
+
+@contextmanager
+def whole_file(path):
+    """A file for bytes, which takes the place of `path` once it is whole: else what was there
+    stays. OSError names `path`."""
+    part = Path(f"{path}.{os.getpid()}.part")           # replicas of a run may write at once
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def foreign(head):

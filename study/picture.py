@@ -14,8 +14,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import slot
+from checks.files import whole_file
 from study.measure import unigram
-from study.results import write_whole
 
 
 def common(a, b):
@@ -114,4 +114,5 @@ class Picture:
         data = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
         page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
         page = page.replace("{n}", os.urandom(16).hex()).replace("{data}", data)
-        write_whole(Path(self.args.picture), page.encode(errors="replace"))
+        with whole_file(self.args.picture) as file:
+            file.write(page.encode(errors="replace"))

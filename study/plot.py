@@ -2,7 +2,7 @@
 import math
 from html import escape
 
-from study.results import write_whole
+from checks.files import whole_file
 from study.settings import name
 from study.stats import wilson
 
@@ -43,7 +43,8 @@ def plot(args, tables):
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
             f'width="{width}" font-family="sans-serif" font-size="16" fill="#222">')
     paper = f'<rect width="{width}" height="{height}" fill="white" />'      # also on a dark page
-    write_whole(args.out / "plot.svg", "\n".join([head, paper, *body, "</svg>\n"]).encode())
+    with whole_file(args.out / "plot.svg") as file:
+        file.write("\n".join([head, paper, *body, "</svg>\n"]).encode())
     return ", plot.svg"
 
 

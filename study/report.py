@@ -9,8 +9,8 @@ The section "Time" stands last, because it alone differs between two runs.
 """
 import numpy as np
 
+from checks.files import whole_file
 from study.plot import plot
-from study.results import write_whole
 from study.settings import label, name
 from study.stats import bootstrap_mean, bootstrap_rank, bootstrap_ratio, holm, sign_test, wilson
 
@@ -350,7 +350,8 @@ def write(args, rows, notes):
     text += [f"- {line}" for line in notes + findings(tables, args, corrected)]
     for title, lines in sections.items():
         text += ["", f"## {title}", "", *lines]
-    write_whole(args.out / "summary.md", ("\n".join(text) + "\n").encode())
+    with whole_file(args.out / "summary.md") as file:
+        file.write(("\n".join(text) + "\n").encode())
     return f"{args.out / 'summary.md'}{plot(args, tables)}"
 
 

@@ -13,6 +13,8 @@ import re
 import sys
 from pathlib import Path
 
+from checks.files import whole_file
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ("slot.py", "generate.py", "model.py", "load_weights.py", "tokenizer/*.py",
           "speed/batch.py", "speed/linear.py", "study/measure.py", "study/run.py", "study/tasks.*",
@@ -38,17 +40,6 @@ def model_digests(folder):
 def digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def write_whole(path, data):
-    """Bytes into a file: all of them, or the file stays as it was. OSError names it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")        # replicas may write at once
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 class Results:
@@ -87,7 +78,8 @@ class Results:
 
     def check_arguments(self, path, arguments):
         if not any(file.stat().st_size for file in self.files()):
-            write_whole(path, (json.dumps(arguments, indent=1) + "\n").encode())
+            with whole_file(path) as file:
+                file.write((json.dumps(arguments, indent=1) + "\n").encode())
         try:
             old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         except (OSError, ValueError, RecursionError):

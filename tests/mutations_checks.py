@@ -96,11 +96,11 @@ TABLE = {
     ("load_weights.py", f"{LOAD} -k written"): [
         ("written tensors not aligned", 'text += b" " * (-len(text) % 8)', 'text += b""'),
     ],
-    ("load_weights.py", f"{LOAD} -k failure or disk or once"): [
-        ("weights written under their own name at once", 'part = Path(f"{path}.part")',
-         "part = Path(path)"),
+    ("checks/files.py", f"{LOAD} -k failure or disk or once"): [
+        ("weights written under their own name at once",
+         'part = Path(f"{path}.{os.getpid()}.part")', "part = Path(path)"),
     ],
-    ("load_weights.py", f"{LOAD} -k disk"): [
+    ("checks/files.py", f"{LOAD} -k disk"): [
         ("a full disk without the file's name",
          "raise OSError(error.errno, error.strerror, str(path)) from None", "raise"),
     ],

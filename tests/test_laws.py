@@ -207,6 +207,7 @@ import json
 from pathlib import Path
 show = show_name = lambda value, limit=0: repr(value)
 cache_folder = Path.home
+whole_file = None
 regular_file = Path
 def read_bytes(path, limit=0): return Path(path).read_bytes()
 def parse_json(data, path): return json.loads(data)

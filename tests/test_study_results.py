@@ -12,7 +12,8 @@ import pytest
 import forks
 from study_model import ROOT
 
-from study.results import Results, source_digests, what_is_wrong, write_whole
+from checks.files import whole_file
+from study.results import Results, source_digests, what_is_wrong
 
 KINDS, SETTINGS = ["common", "rare"], ["plain", "slot 3 0.1"]
 
@@ -176,9 +177,15 @@ def test_a_full_disk_names_the_file_and_leaves_nothing_half_written(tmp_path):
     assert limited(len(whole) + 10, fill).startswith(f"OSError {tmp_path / 'results.jsonl'}: ")
     assert (tmp_path / "results.jsonl").read_text() == whole
     (tmp_path / "summary.md").write_text("old")
-    assert limited(10, lambda: write_whole(tmp_path / "summary.md", b"new" * 10)).startswith(f"OSError {tmp_path / 'summary.md'}: cannot be written")
+
+    def summary(text):
+        with whole_file(tmp_path / "summary.md") as file:
+            file.write(text)
+
+    said = limited(10, lambda: summary(b"new" * 10))
+    assert said.startswith("OSError ") and said.endswith(f": '{tmp_path / 'summary.md'}'")
     assert (tmp_path / "summary.md").read_text() == "old" and not list(tmp_path.glob("*.part"))
-    write_whole(tmp_path / "summary.md", b"new")
+    summary(b"new")
     assert (tmp_path / "summary.md").read_bytes() == b"new" and not list(tmp_path.glob("*.part"))
 
 
