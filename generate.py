@@ -242,7 +242,7 @@ def main(args):
     read = partial(read_prompts, args)
     asked = speed.ranks.first(read) if args.ranks > 1 else read()
     prompts = asked or [heldout_problem(args)]
-    check_text(prompts)
+    check_text(prompts, args.reference)
     check_device(args.device)
     lm, tokenizer = load(args, asked)
     ids = prompt_ids(args, tokenizer, prompts)

@@ -75,7 +75,7 @@ def read_weights(folder):
     """The tensors of model.safetensors, or of the shards that the index beside it lists."""
     single, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
     check_folder(folder)
-    if not os.path.lexists(index) or os.path.lexists(single):
+    if os.path.lexists(single):
         return read_safetensors(single)
     raw = read_json(index, limit=16 << 20)
     check_index(index, raw)
@@ -102,7 +102,8 @@ def read_config(folder):
         num_key_value_heads=given.get("num_key_value_heads", heads),
         head_dim=given.get("head_dim", given["hidden_size"] // heads),
         tie_word_embeddings=given.get("tie_word_embeddings", False),
-        qkv_bias=bias or family == "qwen2", o_bias=bias,
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias,
         mlp_bias=family == "llama" and given.get("mlp_bias", False),
         qk_norm=family == "qwen3", rope=read_rope(given),
         dtype=given.get("dtype", given.get("torch_dtype", "")).removeprefix("torch.") or None)
@@ -128,6 +129,7 @@ def load_model(folder, device="cpu", dtype="auto", part=None):
     part: a function of a weight's name and the weight -> what is kept of it; see speed/parallel.py.
     Strict: every weight, no other, in its shape, or one line of ValueError.
     """
+    check_dtype(dtype, DTYPES)
     folder = find_model(folder)
     config = read_config(folder)
     tensors = {name: tensor for name, tensor in read_weights(folder).items()
@@ -142,7 +144,6 @@ def load_model(folder, device="cpu", dtype="auto", part=None):
     lm.load_state_dict(tensors, strict=True, assign=True)
     lm.tie_weights()                            # assignment has made two parameters of the one
 
-    check_dtype(dtype, DTYPES)
     dtype = (config.dtype or embedding.dtype) if dtype == "auto" else dtype
     dtype = DTYPES.get(str(dtype).removeprefix("torch."), torch.float32)
     del tensors, embedding                      # a file stays mapped while a weight is a view of it

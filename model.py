@@ -165,7 +165,8 @@ class Decoder(nn.Module):
         super().__init__()
         table = torch.empty(config.vocab_size, config.hidden_size)  # not random: that takes 1 s
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
@@ -179,8 +180,7 @@ class Decoder(nn.Module):
         T = tokens.shape[1]
         past = cache.pos if cache is not None else 0
         if cache is not None and past + T > cache.max_len:
-            raise ValueError(f"KVCache: {past} + {T} tokens do not fit in max_len {cache.max_len}; "
-                             "allocate a longer cache")
+            raise ValueError(f"{past} + {T} tokens do not fit in a KVCache for {cache.max_len}")
         x = self.embed_tokens(tokens)                                           # (B, T, d)
         if mask is not None:
             x = x.masked_fill(~mask[:, :, None], 0)     # so that padding can never be infinite

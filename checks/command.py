@@ -41,7 +41,9 @@ def fail(message, status=1):
     Status 1: bad input; 2: bad options."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
     file = Path(sys.argv[0])
-    command = f"python -m {file.parent.name}" if file.name == "__main__.py" else file.name
+    command = file.name
+    if (file.parent / "__init__.py").exists():          # a part of a package, or all of it
+        command = f"python -m {file.parent.name}.{file.stem}".removesuffix(".__main__")
     out, rank = sys.stderr, os.environ.get("RANK", "0")
     if rank != "0":                     # of many processes, which say nothing but this
         early_signals()                 # where all fail alike, the first ends the others meanwhile

@@ -1,10 +1,6 @@
 """What may be wrong with a config.json. Every field that changes the mathematics is implemented or
 refused; none is guessed."""
-import os
-from pathlib import Path
-
-from checks.files import read_json, refuse, show
-from checks.vocabulary import check_ids
+from checks.files import refuse, show
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 DTYPES = (None, "float64", "float32", "bfloat16", "float16")
@@ -23,8 +19,8 @@ KINDS = {               # what may be null or missing, but nothing else
 
 
 def check_config(path, raw):
-    """raw: the object in config.json. ValueError names the file and the field. The end ids of
-    generation_config.json are checked too: with wrong ones an answer would never end."""
+    """raw: the object in config.json. ValueError names the file and the field. (The ids that end an
+    answer are the tokenizer's: load_tokenizer has them judged.)"""
     check_family(path, raw)
     check_sizes(path, raw)
     for name, (kinds, what) in KINDS.items():           # `type`: to isinstance, True is an int
@@ -37,11 +33,6 @@ def check_config(path, raw):
         value = value.removeprefix("torch.") if isinstance(value, str) else value
         if value not in DTYPES:
             fail(path, raw, name, f"implemented are {', '.join(DTYPES[1:])}")
-    check_ids(path, raw, "eos_token_id", raw["vocab_size"])
-    other = Path(path).with_name("generation_config.json")
-    if os.path.lexists(other):
-        settings = read_json(other, limit=4 << 20)
-        check_ids(other, settings, "eos_token_id", raw["vocab_size"])
 
 
 def fail(path, raw, name, why):

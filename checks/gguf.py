@@ -1,12 +1,12 @@
 """What may be wrong with a GGUF file. What convert/ implements passes; all else is refused."""
 import numpy as np
 
+from checks.config import FAMILIES
 from checks.files import regular_file, show
 
 NEEDED = {"general.architecture": str, "tokenizer.ggml.model": str, "tokenizer.ggml.pre": str,
           "tokenizer.ggml.tokens": list, "tokenizer.ggml.token_type": list,
           "tokenizer.ggml.merges": list}
-FAMILIES = ("llama", "qwen2", "qwen3")
 MOST_READS = 1_500_000              # of a number or text each; a Llama 3 file takes 950,000
 
 

@@ -1,10 +1,9 @@
 """The options of generate.py, and which values they take. Judged before torch is imported."""
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 from checks.command import Parser, number
-from checks.slot_file import slot_file, use_slot_file
+from checks.slot_file import check_speed, slot_file, use_slot_file
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 NEW_TOKENS = 256
@@ -50,6 +49,7 @@ def parse_arguments(arguments=None):
             args.slot_steps, args.slot_lr = 5, 0.1
     args.slot_lr = args.slot_lr or 0.01
     check_options(parser, args)
+    check_speed(parser, args)
     use_slot_file(parser, args)
     return args
 
@@ -59,11 +59,12 @@ def check_options(parser, args):
     several = args.prompts is not None or len(args.prompt) > 1
     for wrong, why in (
             (args.prompt and args.prompts is not None, "give prompts or --prompts, not both"),
+            (args.problem and (args.prompt or several), "give prompts or --problem, not both"),
             (args.raw and args.system, "--system needs the chat template that --raw leaves out"),
             (several and args.compare, "--compare and --picture take one prompt"),
             (several and args.save_delta is not None, "--save-delta takes one prompt"),
             (args.delta is not None and args.slot_steps,
-             "--delta brings a δ; leave --slot-steps out"),
+             "--delta brings a δ; leave --slot-steps and --slot-lr out"),
             (args.save_delta is not None and not args.slot_steps,
              "--save-delta needs --slot-steps"),
             (args.compare and not args.slot_steps and args.delta is None,
@@ -71,10 +72,7 @@ def check_options(parser, args):
             (args.reference is not None and args.picture is None, "--reference needs --picture"),
             ("RANK" in os.environ and any(
                 path is not None for path in (args.delta, args.save_delta, args.picture)),
-             "--delta, --save-delta and --picture are for one process, without torchrun"),
-            ((args.slot_fast or "RANK" in os.environ) and not find_spec("speed"),
-             "--slot-fast and torchrun need speed/, and there is none; without them the numbers "
-             "are the same")):
+             "--delta, --save-delta and --picture are for one process, without torchrun")):
         if wrong:
             parser.error(why)
 

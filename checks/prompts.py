@@ -17,7 +17,7 @@ def read_prompts(args):
     """-> [(prompt, system or None, where)] from --prompts, the arguments or a pipe; [] if there is
     none. where: what a message about it begins with, "" or the line of the file."""
     if args.prompts is not None:
-        return read_lines(args.prompts, args.system)
+        return read_lines(args.prompts, args.system, args.raw)
     texts = [read_stdin() if text == "-" else text for text in args.prompt]
     if not texts and not args.problem:
         texts = piped()
@@ -54,16 +54,14 @@ def piped():
     try:
         kind = os.fstat(sys.stdin.fileno()).st_mode
         ready = stat.S_ISFIFO(kind) or stat.S_ISREG(kind)
-        if ready and select.select([sys.stdin], [], [], 0.2)[0]:
-            text = read_stdin().strip("\n")
-            return [text] if text else []
-    except (OSError, AttributeError, ValueError) as error:      # closed, or not a real file
-        if "UTF-8" in str(error):
-            raise
-    return []
+        ready = ready and select.select([sys.stdin], [], [], 0.2)[0]
+    except (OSError, AttributeError, ValueError):               # closed, or not a real file
+        ready = False
+    text = read_stdin().strip("\n") if ready else ""
+    return [text] if text else []
 
 
-def read_lines(path, system):
+def read_lines(path, system, raw):
     """A file of prompts -> [(prompt, system, where)]. A line is {"prompt": ..., "system": ...}, a
     JSON string, or else a prompt as it stands. ValueError names the line."""
     file = f"--prompts {show(Path(path), 100)}"
@@ -77,6 +75,9 @@ def read_lines(path, system):
             raise ValueError(f"{where}not UTF-8 (byte {error.start})") from None
         if line:
             prompt, own = read_line(line, where)
+            if raw and own is not None:
+                raise ValueError(f"{where}a system text needs the chat template that --raw leaves "
+                                 "out")
             found.append((prompt, system if own is None else own, where))
     if not found:
         raise ValueError(f"{file}: holds no prompt")
@@ -102,19 +103,18 @@ def read_line(line, where):
     return entry["prompt"], entry.get("system")
 
 
-def check_text(prompts):
+def check_text(prompts, reference):
     """All Unicode? Python makes half characters of bytes that are not."""
-    for prompt, system, where in prompts:
+    for prompt, system, where in [*prompts, (reference or "", None, "--reference: ")]:
         half = re.search("[\ud800-\udfff]", prompt + (system or ""))
         if half:
-            raise ValueError(f"{where}the prompt or system text holds half a character "
-                             f"({show(half[0])}); pass valid UTF-8")
+            raise ValueError(f"{where}the text holds half a character ({show(half[0])}); pass "
+                             "valid UTF-8")
 
 
 def room_left(ids, prompts, new, config):
     """-> how many new tokens fit behind the longest prompt. ids: of each prompt a list. new: how
-    many are wanted, or None. ValueError for a prompt that is empty, too long, or not of this
-    vocabulary."""
+    many are wanted, or None. ValueError for a prompt that is empty or too long."""
     most, longest = config.max_position_embeddings, max(map(len, ids))
     for tokens, (_, _, where) in zip(ids, prompts):
         count = len(tokens)
@@ -128,9 +128,6 @@ def room_left(ids, prompts, new, config):
             raise ValueError(f"{where}{count} prompt tokens and {new} new ones exceed the model's "
                              f"{most} positions (max_position_embeddings); --max-new-tokens "
                              f"{max(1, most - longest)} fits")
-        if not all(0 <= id < config.vocab_size for id in tokens):
-            raise ValueError(f"{where}the prompt has a token id outside the model's vocabulary of "
-                             f"{config.vocab_size}")
     return most - longest
 
 

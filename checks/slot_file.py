@@ -14,6 +14,12 @@ def slot_file(path):
     return path
 
 
+def check_speed(parser, args):
+    if (args.slot_fast or "RANK" in os.environ) and not importlib.util.find_spec("speed"):
+        parser.error("--slot-fast and torchrun need speed/, and there is none; without them the "
+                     "numbers are the same")
+
+
 def use_slot_file(parser, args):
     """Puts --slot-file, if it is given, in the place of slot.py, for all that imports it from now
     on. An error in the file shows as Python shows it: it is the reader's own program."""

@@ -10,7 +10,7 @@ import re
 
 import regex
 
-from checks.files import show
+from checks.files import refuse, show
 
 MAX_ID = 1 << 22                # no vocabulary in use has a million tokens
 MAX_ADDED, MAX_SIZES = 1 << 20, 64      # letters of all added tokens, and their lengths; 20,000, 30
@@ -22,13 +22,12 @@ USE = "use a Llama 3, Qwen2, Qwen3 or SmolLM2 folder"
 
 def must(right, where, what, do="download it again"):
     if not right:
-        where = show(where, 140) if isinstance(where, os.PathLike) else where
-        raise ValueError(f"{where}: {what}; {do}")
+        refuse(where, what, do)
 
 
 def check_folder(folder):
     if not folder.is_dir():
-        raise FileNotFoundError(f"{show(folder, 140)}: no such folder; give the folder of a model")
+        refuse(folder, "no such folder", "give the folder of a model", FileNotFoundError)
     if os.path.lexists(folder / "tokenizer.json"):
         return
     what, do = "holds no tokenizer.json", "download this file too"
@@ -37,13 +36,14 @@ def check_folder(folder):
     if any(os.path.lexists(folder / name) for name in ("vocab.json", "tokenizer.model")):
         what += ", only an older form of it"
         do = "make one: transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-    raise FileNotFoundError(f"{show(folder, 140)}: {what}; {do}")
+    refuse(folder, what, do, FileNotFoundError)
 
 
 def check_tokenizer_json(path, data):
     """All of tokenizer.json but its expressions and added tokens, which have their own judges."""
     model = data.get("model")
-    kind = model.get("type", "BPE") if isinstance(model, dict) else model
+    must(isinstance(model, dict), path, f"model is {show(model)}, not an object of type 'BPE'", USE)
+    kind = model.get("type", "BPE")
     must(kind == "BPE", path, f"model.type is {show(kind)}, not 'BPE'", USE)
     cutters = steps_of(path, data, "pre_tokenizer", "pretokenizers")
     normalizers = steps_of(path, data, "normalizer", "normalizers")
@@ -226,12 +226,13 @@ def check_ids(path, settings, name, vocab_size):
         must(right, path, f"{name} holds {show(id)}, not an id of the vocabulary", "correct it")
 
 
-def check_size(path, words, vocab_size):
+def check_size(path, words, bos_ids, vocab_size):
     """The ids are rows of the model's embedding, as many as config.json says."""
     last = len(words) - 1
     what = f"token {show(words[last])} has the id {last}, vocab_size in config.json is {vocab_size}"
     right = type(vocab_size) is not int or last < vocab_size
     must(right, path, what, "the two files must be of one model")
+    check_ids(path, {"post_processor": bos_ids}, "post_processor", vocab_size)
 
 
 def check_text(text):

@@ -64,7 +64,7 @@ def check_dtype(dtype, dtypes):
 
 
 def check_finite(lm):
-    """Called when logits were not finite: names the first weight that is not."""
+    """Names the first weight with a number that is none: a reason for logits that are none."""
     for name, weight in lm.named_parameters():
         if not weight.isfinite().all():
             raise ValueError(f"the weight {show_name(name)} holds NaN or infinity; download the "

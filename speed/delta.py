@@ -25,10 +25,9 @@ KEPT = 0.75             # share of the memory for E; the rest is for work
 
 
 @torch.no_grad()
-def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30, watch=None):
+def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30):
     """Fit δ to one prompt: arguments and results of slot.optimize_delta.
 
-    watch: called in every round, with the steps taken so far and a copy of δ.
     memory: bytes, a bound on all (n, V) that is kept or made. Where E does not fit, it is kept for
     as many positions as do, and made again in every step for the others. ValueError as there.
     """
@@ -51,8 +50,6 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30, watc
         b = lm_head(delta[0].to(W.dtype))[0].float()                        # (V,)
         loss, r = loss_and_difference(lm_head, blocks, b, n)
         losses.append(loss)
-        if watch:
-            watch(step, delta.clone())
         if step < steps:                                # the last round only measures
             delta.grad = transposed(r, W)[None, None]
             optimizer.step()

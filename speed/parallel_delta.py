@@ -12,7 +12,7 @@ from speed.ranks import total
 
 
 @torch.no_grad()
-def optimize_delta_fast(hidden, tokens, head, steps, lr, memory=1 << 30, watch=None):
+def optimize_delta_fast(hidden, tokens, head, steps, lr, memory=1 << 30):
     """delta.optimize_delta_fast for parallel.py's `Head`: same arguments and results on every rank.
 
     A rank has the columns of its own tokens of z = W(h + δ), nobody has all. Over the ranks go, in
@@ -36,8 +36,6 @@ def optimize_delta_fast(hidden, tokens, head, steps, lr, memory=1 << 30, watch=N
             Wh = F.linear(part_h, W).float() if kept is None else kept
             loss += loss_and_difference(Wh + b, part_x, r)
         losses.append(loss / n)
-        if watch:
-            watch(step, delta.clone())
         if step < steps:                                        # the last round only measures
             delta.grad = total(transposed(r / max(n, 1), W))[None, None]
             optimizer.step()

@@ -1,7 +1,7 @@
 """Accuracy, and the loss on answers that δ never saw, of a model, plainly and with SLOT.
 
     python -m study                         the whole study on the embedded model
-    python -m study --quick                 a look of a minute, for a change of slot.py
+    python -m study --quick                 a look of seconds, for a change of slot.py
     python -m study --quick --slot-file my_slot.py        ... or of a copy of it
     python -m study --task gsm8k --data test.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --limit 200
     torchrun --nproc-per-node 8 -m study --tensor-parallel 2 --device cuda ...      see README.md
@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from checks.command import Parser, early_signals, number, run
-from checks.slot_file import slot_file, use_slot_file
+from checks.slot_file import check_speed, slot_file, use_slot_file
 from study.settings import CONTROLS
 from study.tasks import TASKS
 
@@ -84,8 +84,11 @@ def parse_arguments(arguments=None):
         command.error(f"--task {args.task} needs --data FILE: {task['data']}")
     if args.points and (args.steps or args.lr):
         command.error("give --points, or --steps and --lr")
+    if args.split and args.only:
+        command.error("--split chooses by the answers, and --only loss has none")
     if args.tensor_parallel > 1 and "RANK" not in os.environ:
         command.error("--tensor-parallel needs torchrun, which starts the processes")
+    check_speed(command, args)
     use_slot_file(command, args)
     if not args.points and args.quick and not (args.steps or args.lr):
         args.points = QUICK

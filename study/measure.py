@@ -35,7 +35,6 @@ if find_spec("speed"):
 
 KEPT = 1 << 27                              # logits of one text that are kept; blocks of as many
 PIECE = 1 << 20                             # logits judged at once: they stay in the cache
-LOST = math.log(1e-25)                      # below, a sum of exponentials has lost digits
 
 
 class Text:
@@ -64,21 +63,6 @@ class Text:
             losses = F.cross_entropy(change(logits), targets, reduction="none")
             total += losses.cpu().double().sum().item()
         return total / max(1, self.count)
-
-    def losses(self, biases):
-        """The loss with each of biases (K, V) added to the logits z, all by one product:
-        log Σ exp(z + b) = log Σ exp(z) exp(b) -> K numbers."""
-        biases = biases - biases.amax(1, keepdim=True)
-        c = biases.exp().T                                                  # (V, K)
-        total = torch.zeros(len(biases), dtype=torch.float64)
-        for logits, targets in self.logits():
-            logits -= logits.amax(1, keepdim=True)
-            right = logits.gather(1, targets[:, None]) + biases[:, targets].T       # (some, K)
-            log_sums = (logits.exp() @ c).log()                                     # (some, K)
-            if log_sums.numel() and log_sums.min() < LOST:      # each bias by itself
-                log_sums = torch.stack([(logits + bias).logsumexp(1) for bias in biases], dim=1)
-            total += (log_sums - right).cpu().double().sum(0)
-        return (total / max(1, self.count)).tolist()
 
     def gradient(self):
         """Of the plain loss with respect to δ at δ = 0, times n: Wᵀ(p - y), (d,) float32.
@@ -129,18 +113,9 @@ class Study:
             ids = self.problems[i].ids
             if i not in self.hiddens:
                 self.hiddens[i], _ = slot.prefill(self.lm, ids, 0)
-            hidden, head = self.hiddens[i].detach(), self.lm.lm_head
-            began = time.perf_counter()
-
-            def keep(step, delta):
-                if (step, lr) in self.args.points:
-                    self.fits[i, step, lr] = delta.detach(), time.perf_counter() - began
-
-            if self.args.slot_fast:                 # one fit to the last point passes all others
-                most = max(step for step, rate in self.args.points if rate == lr)
-                self.optimize(hidden, ids, head, most, lr, watch=keep)
-            else:
-                keep(steps, self.optimize(hidden, ids, head, steps, lr)[0])
+            hidden, began = self.hiddens[i].detach(), time.perf_counter()
+            delta, _ = self.optimize(hidden, ids, self.lm.lm_head, steps, lr)
+            self.fits[i, steps, lr] = delta.detach(), time.perf_counter() - began
         return self.fits[i, steps, lr]
 
     @torch.no_grad()
@@ -175,34 +150,19 @@ class Study:
             before = torch.cat((before, self.lm.model(tokens, cache)), dim=1)       # (1, A, d)
         prompt = Text(self.lm.lm_head, self.hiddens[i][0, :-1], ids[1:])
         answer = Text(self.lm.lm_head, before[0], reference)
-        effects = [self.effect(i, setting) for setting in settings]
-        seen, unseen = self.losses_under(effects, prompt, answer)
         found = {}
-        for setting, effect, prompt_loss, answer_loss in zip(settings, effects, seen, unseen):
-            if not (math.isfinite(prompt_loss) and math.isfinite(answer_loss)):
+        for setting in settings:
+            delta, bias, fit = self.effect(i, setting)
+            change = self.change(delta, bias)
+            losses = dict(prompt_loss=prompt.loss(change), answer_loss=answer.loss(change))
+            if not all(map(math.isfinite, losses.values())):
                 raise ValueError(f"sample {i}, {setting.name}: a loss is not a finite number; "
                                  "lower the learning rate")
-            seconds = dict(prefill=0.0, fit=effect[-1], decode=0.0)
-            found[setting] = dict(prompt_loss=prompt_loss, answer_loss=answer_loss, seconds=seconds)
+            found[setting] = losses | dict(seconds=dict(prefill=0.0, fit=fit, decode=0.0))
             if setting == PLAIN:
                 cosine = F.cosine_similarity(prompt.gradient(), answer.gradient(), dim=0)
                 found[setting]["alignment"] = cosine.item()
         return found
-
-    def losses_under(self, effects, *texts):
-        """Of every text a list: its loss under each effect. With --slot-fast every effect is a bias
-        on the logits, and slot.steer is not asked."""
-        if self.args.slot_fast:
-            head = self.lm.lm_head
-            none = torch.zeros(1, 1, head.weight.shape[1], device=head.weight.device)
-            deltas = torch.cat([none if delta is None else delta for delta, _, _ in effects])
-            biases = head(deltas[:, 0].to(head.weight.dtype)).float()       # (K, V)
-            for row, (_, bias, _) in zip(biases, effects):
-                if bias is not None:                                        # unigram has no δ
-                    row += bias
-            return [text.losses(biases) for text in texts]
-        return [[text.loss(self.change(delta, bias)) for delta, bias, _ in effects]
-                for text in texts]
 
     def change(self, delta, bias):
         """-> a function from logits (..., V) to what an effect makes of them."""

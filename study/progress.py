@@ -5,21 +5,12 @@ import time
 
 
 class Progress:
-    """settings: their names, in order. samples: how many. quiet: show nothing."""
+    """done: results that are there already. settings, samples: how many. quiet: show nothing."""
 
-    def __init__(self, rows, settings, samples, quiet=False):
-        self.quiet = quiet
-        self.samples, self.total, self.done = samples, len(settings) * samples, 0
-        self.verdicts = {name: [] for name in settings}
+    def __init__(self, done, settings, samples, quiet=False):
+        self.first = self.done = done
+        self.samples, self.total, self.quiet = samples, settings * samples, quiet
         self.began = self.last = time.monotonic()
-        for row in rows:
-            self.count(row)
-        self.first = self.done
-
-    def count(self, row):
-        self.done += 1
-        if "strict" in row:
-            self.verdicts[row["setting"]].append(row["strict"])
 
     def show(self):
         terminal, now = sys.stderr.isatty(), time.monotonic()
@@ -30,11 +21,6 @@ class Progress:
         left = int((self.total - self.done) / rate) if rate else 0
         line = (f"{self.done * self.samples // self.total}/{self.samples} samples  "
                 f"{rate * self.samples / self.total:.2f}/s  {left // 60}:{left % 60:02} left")
-        shares = [f"{name.removeprefix('slot ')}: {100 * sum(given) / len(given):.0f}"
-                  for name, given in self.verdicts.items()
-                  if given and name.startswith(("plain", "slot"))]
-        if shares:
-            line += "  % right so far  " + "  ".join(shares)
         if terminal:
             line = "\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1]
         print(line, end="" if terminal else "\n", file=sys.stderr, flush=True)

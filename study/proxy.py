@@ -12,17 +12,19 @@ import sys
 from pathlib import Path
 
 from checks.command import Parser, early_signals, run
-from checks.files import parse_json, regular_file
+from checks.files import parse_json, regular_file, show
 
 SENTENCE = re.compile(r"\n|[.!?](?=\s)")
 MOST = 40                                   # tokens of it
+NEEDED = {"sample", "setting", "kind", "prompt", "answer", "answer_loss"}
 
 
 def parse_arguments(arguments=None):
-    parser = Parser(prog="study.proxy", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m study.proxy", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="of a run that decoded answers")
     parser.add_argument("--model", required=True, metavar="FOLDER_OR_ID", help="that answered")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--dtype", default="auto",
+                        choices=["auto", "float32", "bfloat16", "float16"])
     return parser.parse_args(arguments)
 
 
@@ -37,6 +39,7 @@ import slot
 from load_weights import find_model, load_model
 from study.measure import Text
 from study.report import interval, markdown
+from study.results import result_files
 from study.stats import bootstrap_rank
 from study.tasks import TASKS, messages
 from tokenizer import load_tokenizer
@@ -60,13 +63,17 @@ def cosine(lm, ids, answer):
 
 
 def main(args):
-    path, found = args.folder / "results.jsonl", {}
-    for line in regular_file(path).read_bytes().splitlines():
-        row = parse_json(line, path)
-        found.setdefault(row["setting"], {})[row["sample"]] = row
-    plain = found.get("plain", {})
-    if not plain or "answer" not in next(iter(plain.values())):
-        raise ValueError(f"{path}: holds no plain answers; take the folder of a run that decoded")
+    found = {}
+    for path in result_files(args.folder) or [args.folder / "results.jsonl"]:
+        for line in regular_file(path).read_bytes().splitlines():
+            row = parse_json(line, path)
+            if missing := ", ".join(sorted(NEEDED - row.keys())):
+                raise ValueError(f"{show(path, 160)}: has a line without {missing}; take the "
+                                 "folder of a run that decoded")
+            found.setdefault(row["setting"], {})[row["sample"]] = row
+    plain = found.get("plain")
+    if not plain:
+        raise ValueError(f"{show(args.folder, 160)}: holds no plain answers; let the run end")
     folder = find_model(args.model)
     lm, tokenizer = load_model(folder, dtype=args.dtype), load_tokenizer(folder)
     task = TASKS.get(next(iter(plain.values()))["kind"], {})            # tiny has no system text

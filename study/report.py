@@ -179,11 +179,10 @@ def answer_cells(table, setting):
 
 
 def by_point(tables, points, columns):
-    """A line a kind and point. columns: {heading: function of (table, point)}; a heading's part
-    behind "|" only tells it from another."""
-    rows = [[kind, label(point), *(cell(table, point) for cell in columns.values())]
+    """A line a kind and point. columns: [(heading, function of (table, point)), ...]"""
+    heads, cells = zip(*columns)
+    rows = [[kind, label(point), *(cell(table, point) for cell in cells)]
             for kind, table in tables.items() for point in points]
-    heads = [heading.split("|")[0] for heading in columns]
     return markdown(["kind", "setting", *heads], rows, left=2)
 
 
@@ -197,20 +196,20 @@ def control_table(tables, args):
             right = f"{percent(table.mean(name(what, point), 'strict'))}; " if table.decoded else ""
             return right + change_of("answer_loss", what)(table, point)
         return cell
-    columns = {"SLOT": cell_of("slot")} | {control: cell_of(control) for control in args.control}
-    return by_point(tables, args.control_points, columns)
+    columns = [(control, cell_of(control)) for control in args.control]
+    return by_point(tables, args.control_points, [("SLOT", cell_of("slot")), *columns])
 
 
 def why_table(tables, args):
     def share(table, point):
         changes = [table.changes("prompt_loss", name(what, point)) for what in ("unigram", "slot")]
         return "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * x for x in bootstrap_ratio(*changes)))
-    return by_point(tables, args.control_points, {
-        "prompt loss, change by SLOT": change_of("prompt_loss", "slot"),
-        "by unigram": change_of("prompt_loss", "unigram"),
-        "share of SLOT's change": share,
-        "answer loss, change by SLOT": change_of("answer_loss", "slot"),
-        "by unigram|2": change_of("answer_loss", "unigram")})
+    return by_point(tables, args.control_points, [
+        ("prompt loss, change by SLOT", change_of("prompt_loss", "slot")),
+        ("by unigram", change_of("prompt_loss", "unigram")),
+        ("share of SLOT's change", share),
+        ("answer loss, change by SLOT", change_of("answer_loss", "slot")),
+        ("by unigram", change_of("answer_loss", "unigram"))])
 
 
 def alignment_table(tables, args):
@@ -226,10 +225,10 @@ def alignment_table(tables, args):
             side = change(table, point)[(table["plain", "alignment"] > 0) == positive]
             return f"{interval(bootstrap_mean(side))}, n = {len(side)}" if len(side) else "–"
         return cell
-    return by_point(tables, args.points, {
-        "rank correlation with the gain": correlation,
-        "change of the answer loss where it is above 0": mean_where(True),
-        "elsewhere": mean_where(False)})
+    return by_point(tables, args.points, [
+        ("rank correlation with the gain", correlation),
+        ("change of the answer loss where it is above 0", mean_where(True)),
+        ("elsewhere", mean_where(False))])
 
 
 def verdict_table(tables, args):
@@ -257,6 +256,8 @@ def only_where(tables, args):
             "with SLOT for all", "fixed / broken"]
     rows, decoded = [], all(table.decoded for table in tables.values())
     for kind, table in tables.items():
+        if table.count < 2:                                         # nobody to choose for
+            continue
         alignment = table["plain", "alignment"]
         order = 2 * np.argsort(-alignment[::2], kind="stable")      # of the samples that choose
         for point in args.points:
@@ -292,8 +293,7 @@ def chosen(tables, halves, points):
                      "fixed / broken", "Holm p", "change of answer loss [95 % CI]"], rows, left=2)
 
 
-def time_table(rows, points, fast):
-    """fast: one fit has passed all points of its learning rate."""
+def time_table(rows, points):
     def means(setting):
         seconds = [row["seconds"] for row in rows if row["setting"] == setting]
         return [np.mean([s[part] for s in seconds]) for part in ("prefill", "fit", "decode")]
@@ -304,8 +304,7 @@ def time_table(rows, points, fast):
         lines.append([title, *(f"{s:.4f}" for s in (prefill + fit + decode, fit, decode)),
                       percent(fit / plain if plain else np.nan)])
     total = sum(row["seconds"]["decode"] for row in rows)
-    fits = points if not fast else {lr: (steps, lr) for steps, lr in sorted(points)}.values()
-    fitted = [name("slot", point) for point in fits]            # controls take the fits of slot
+    fitted = [name("slot", point) for point in points]          # controls take the fits of slot
     total += sum(row["seconds"]["fit"] for row in rows if row["setting"] in fitted)
     return markdown(["setting", "seconds a sample", "of which fitting δ", "decoding",
                      "overhead of δ, % of the plain run"], lines) + [
@@ -345,7 +344,7 @@ def write(args, rows, notes):
         sections["SLOT only where the cosine is above a threshold (chosen on every other sample, "
                  "shown on the rest; at test time nobody knows the answer's gradient)"] = (
             only_where(tables, args))
-    sections["Time"] = time_table(rows, args.points, args.slot_fast)
+    sections["Time"] = time_table(rows, args.points)
     text = [f"# SLOT against the plain model: {args.task}", ""]
     text += [f"- {line}" for line in notes + findings(tables, args, corrected)]
     for title, lines in sections.items():

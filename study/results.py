@@ -42,6 +42,12 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def result_files(folder):
+    """Of all replicas, also those of a run with more of them."""
+    names = re.compile(r"results(-\d+)?\.jsonl")
+    return sorted(file for file in folder.glob("*") if names.fullmatch(file.name))
+
+
 class Results:
     """`rows`: {(sample, setting): result}. One process a file; without a folder, in memory only.
 
@@ -51,6 +57,7 @@ class Results:
 
     def __init__(self, folder, arguments, kinds, settings, decoded=True, replica=0):
         self.rows, self.file = {}, None
+        self.kinds, self.settings, self.decoded = kinds, settings, decoded
         if folder is None:
             return
         self.path = folder / (f"results-{replica}.jsonl" if replica else "results.jsonl")
@@ -61,7 +68,7 @@ class Results:
         try:
             self.lock()
             self.check_arguments(folder / "arguments.json", json.loads(json.dumps(arguments)))
-            self.read(kinds, settings, decoded)
+            self.read()
         except BaseException:
             self.close()
             raise
@@ -77,7 +84,7 @@ class Results:
                              "give another --out") from None
 
     def check_arguments(self, path, arguments):
-        if not any(file.stat().st_size for file in self.files()):
+        if not any(file.stat().st_size for file in result_files(path.parent)):
             with whole_file(path) as file:
                 file.write((json.dumps(arguments, indent=1) + "\n").encode())
         try:
@@ -91,14 +98,9 @@ class Results:
             if old.get(name) != arguments.get(name):
                 raise ValueError(difference(path.parent, name, old.get(name), arguments.get(name)))
 
-    def files(self):
-        """Of all replicas, also those of a run with more of them."""
-        names = re.compile(r"results(-\d+)?\.jsonl")
-        return sorted(file for file in self.path.parent.iterdir() if names.fullmatch(file.name))
-
-    def read(self, kinds, settings, decoded):
+    def read(self):
         places = {}
-        for file in self.files():
+        for file in result_files(self.path.parent):
             data = file.read_bytes()
             whole = data.rfind(b"\n") + 1
             if whole < len(data) and file == self.path:             # stopped within a line
@@ -106,13 +108,13 @@ class Results:
                       "bytes", file=sys.stderr)
                 os.ftruncate(self.file, whole)
             for count, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
-                self.read_line(file, count, line, kinds, settings, decoded, places)
+                self.read_line(file, count, line, places)
 
-    def read_line(self, file, count, line, kinds, settings, decoded, places):
+    def read_line(self, file, count, line, places):
         """places: where the rows stand that were read before."""
         try:
             row = json.loads(line)
-            wrong = what_is_wrong(row, kinds, settings, decoded)
+            wrong = what_is_wrong(row, self.kinds, self.settings, self.decoded)
         except (ValueError, RecursionError):
             wrong = "not JSON"
         if wrong:

@@ -26,8 +26,6 @@ if util.find_spec("speed"):
 
 def main(args):
     began, loop = time.perf_counter(), f"the loop of {args.slot_file or 'slot.py'}"
-    if args.slot_fast and not speed:
-        raise ValueError("--slot-fast needs speed/, which is not there; leave it out")
     if args.slot_fast:
         loop = "closed form"
     device, ranks, replica, replicas = place_of(args)
@@ -55,8 +53,8 @@ def main(args):
         results.rows = speed.ranks.first(lambda: results.rows)
     batches = batches_of(study)[replica::replicas]
     own = {sample for batch in batches for sample in batch}
-    there = [row for row in results.rows.values() if row["sample"] in own]
-    progress = Progress(there, names, len(own), quiet=replica > 0)
+    there = sum(row["sample"] in own for row in results.rows.values())
+    progress = Progress(there, len(names), len(own), quiet=replica > 0)
     line = f"study     {args.task}: {len(kinds)} samples, {len(names)} settings, {loop}"
     if replicas > 1:
         line += f", {replicas} replicas, {len(own)} samples for the first"
@@ -69,7 +67,7 @@ def main(args):
     work(study, batches, settings, results, progress)
 
     if replicas > 1 and writes:
-        results.read(kinds, names, not args.only)           # what the others have by now
+        results.read()                                      # what the others have by now
         missing = len(names) * len(kinds) - len(results.rows)
         if missing and replica == 0:
             print(f"study     the first replica has done its share; {missing:,} answers are still "
@@ -90,8 +88,6 @@ def place_of(args):
     """-> the device of this process, the ranks of its model, which replica it is, of how many."""
     if "RANK" not in os.environ:
         return args.device, 1, 0, 1
-    if not speed:                               # torchrun: replicas that share the samples
-        raise ValueError("torchrun needs speed/, which is not there; start one process")
     device, ranks, replica = speed.ranks.start(args.device, args.tensor_parallel)
     replicas = int(os.environ["WORLD_SIZE"]) // ranks
     if replicas > 1 and not args.out:
@@ -128,7 +124,7 @@ def work(study, batches, settings, results, progress):
                 missing[setting] = left
         for row in study.measure(rows, missing):
             results.add(row)
-            progress.count(row)
+            progress.done += 1
             progress.show()
     progress.end()
 

@@ -72,8 +72,8 @@ def resampled_means(values, seed):
     return draws(len(values), seed) @ np.asarray(values, dtype=np.float32) / len(values)
 
 
-def percentiles(values, confidence=0.95):
-    low, high = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
+def percentiles(values):
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 

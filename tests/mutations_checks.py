@@ -65,9 +65,8 @@ TABLE = {
     ("checks/config.py", f"{CONFIG} -k rope_theta"): [
         ("a missing rope_theta is guessed", "10000 if old_llama else None, least=1", "10000, least=1"),
     ],
-    ("checks/config.py", f"{CONFIG} -k alone"): [
-        ("end ids of generation_config.json unread",
-         '        check_ids(other, settings, "eos_token_id", raw["vocab_size"])\n', ""),
+    ("tokenizer/files.py", f"{CONFIG} -k eos"): [
+        ("end ids unjudged", '        check_ids(folder / name, table, "eos_token_id", size)\n', ""),
     ],
     ("checks/safetensors.py", f"{SAFETENSORS} -k hole"): [
         ("a gap between tensors", "if begin != end:", "if begin < end:"),

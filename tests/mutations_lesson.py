@@ -172,8 +172,6 @@ TABLE = {
          "y.addmv_(W[:len(block)].float().T, some)"),
         ("gradient: r rounded to 16 bits", "y.addmv_(block.float().T, some)",
          "y.addmv_(block.float().T, some.to(W.dtype).float())"),
-        ("fast: who watches is one step behind", "watch(step, delta.clone())", "watch(step - 1, delta.clone())"),
-        ("fast: who watches sees δ change", "watch(step, delta.clone())", "watch(step, delta)"),
         ("fast: 1 - p where the others should be counted", "truth.index_add_(0, x, others / s)",
          "truth.index_add_(0, x, 1 - a / s)"),
         ("fast: the loss of a sure model by subtraction",

@@ -56,7 +56,7 @@ TABLE = {
          "WHOLE = []"),
     ],
     ("study/results.py", f"{STUDY} -k files_of"): [
-        ("the files of other replicas are not read", "for file in self.files():\n            data",
+        ("the files of other replicas are not read", "for file in result_files(self.path.parent):\n            data",
          "for file in [self.path]:\n"
          "            data"),
         ("a cut line of another replica is cut off while that one writes",

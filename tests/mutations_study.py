@@ -27,7 +27,6 @@ TABLE = {
          "tokens=len(ids))"),
         ("study: alignment of the predictions alone",
          "residual -= torch.bincount(targets, minlength=self.vocabulary)", "pass"),
-        ("study: losses of another bias than the setting's", "for row, (_, bias, _) in zip(biases, effects):", "for row, (_, bias, _) in zip(biases, effects[1:]):"),
         ("study: kept logits handed out to be changed", "logits.to(torch.float32, copy=True)",
          "logits.to(torch.float32)"),
     ],

@@ -69,6 +69,8 @@ WRONG = [([option, value], option) for option, values in NUMBERS.items()
     (["--save-delta", "x", "--slot-steps", "1", "a", "b"], "--save-delta"),
     (["--save-delta", "x", "a"], "--slot-steps"),
     (["--delta", "x", "--slot-steps", "1", "a"], "--slot-steps"),
+    (["--delta", "x", "--slot-lr", "0.1", "a"], "--slot-lr"),
+    (["--problem", "5", "a"], "--problem"), (["--problem", "5", "--prompts", "a"], "--problem"),
     (["--slot-file", "no-such-file.py"], "--slot-file"), (["--slot-file", "."], "--slot-file"),
     (["--\ud800\n\x1b]0;x\x07" * 300], "unrecognized")]
 

@@ -126,6 +126,18 @@ def test_empty_line_of_a_raw_file(model, tmp_path):
     check_error(result, "line 2", "empty")
 
 
+def test_system_text_of_a_raw_file(model, tmp_path):
+    (tmp_path / "prompts").write_bytes(b'a\n{"prompt": "b", "system": "c"}\n')
+    result = command()(["--model", model, "--prompts", tmp_path / "prompts", "--raw"])
+    check_error(result, "line 2", "--raw")
+
+
+def test_reference_is_judged_before_the_answer(model, tmp_path):
+    result = command()(["--model", model, "a", "--picture", tmp_path / "x.html", "--reference", "\udcff"])
+    check_error(result, "--reference", "half a character")
+    assert not result.out
+
+
 def test_template_that_refuses_one_line(tmp_path):
     """What a chat template does not allow is named with the line it does not allow."""
     files = build()

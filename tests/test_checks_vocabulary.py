@@ -18,7 +18,7 @@ PATTERNS = ["(", "[a", "a**", r"\p{Nope}", "x{99999999999}", "(" * 5000, r"\w+",
             "(?:" * 20 + "a" + "){99}" * 20, "|".join(["(?:a|a)+b"] * 40), "[" + "a" * 1_000_000 + "]+", r"\p{L}{3000000}", "a+", golden.QWEN + " ", golden.QWEN[1:]]
 
 REFUSED = [
-    (("model", "type"), "Unigram", "'BPE'"), (("model",), None, "'BPE'"), (("model",), [1], "'BPE'"),
+    (("model", "type"), "Unigram", "'BPE'"), (("model",), None, "'BPE'"), (("model",), [1], "'BPE'"), (("model",), "BPE", "'BPE'"),
     (V, None, "model.vocab"), (V, {}, "model.vocab"), (V, [1], "model.vocab"), (M, None, "model.merges"), (M, {"a": 1}, "model.merges"),
     *(((*V, "hi"), id, "whole number") for id in (-1, True, 1.5, "7", None)),
     ((*V, "hi"), 5, "taken"),
@@ -82,6 +82,16 @@ def test_the_files_beside_it(tmp_path, files, words):
     with pytest.raises(ValueError) as error:
         load_tokenizer(write(tmp_path, spec(added=[token(290, "<|s|>")]), **files))
     assert words in line_of(error)
+
+
+def test_a_text_begins_with_ids_of_the_vocabulary(tmp_path):
+    data = spec(added=[token(290, "<|s|>")])
+    data["post_processor"] = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|s|>"}}, {"Sequence": {"id": "A"}}],
+                              "special_tokens": {"<|s|>": {"ids": [499]}}}
+    assert load_tokenizer(write(tmp_path, data, config__json={"vocab_size": 500})).bos_ids == [499]
+    with pytest.raises(ValueError) as error:
+        load_tokenizer(write(tmp_path, data, config__json={"vocab_size": 499}))
+    assert "tokenizer.json: post_processor holds 499" in line_of(error)
 
 
 # ---- whole folders ---------------------------------------------------------------------------------------------------------------

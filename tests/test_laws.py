@@ -186,6 +186,8 @@ def test_without_speed_the_command_prints_the_same(arguments, plain_house):
 def test_without_speed_slot_fast_is_refused(plain_house):
     result = plain_house.command(["--slot-fast", "--slot-steps", "3"], cwd=plain_house.tree)
     assert result.status == 2 and re.match("generate.py: --slot-fast .*speed/", result.err), result
+    study = forks.run(["-m", "study", "--quick", "--slot-fast"], plain_house.tree)
+    assert study.returncode == 2 and re.match("python -m study: --slot-fast .*speed/", study.stderr), study
 
 
 def test_without_speed_the_study_runs(plain_house, tmp_path):

@@ -134,7 +134,7 @@ def test_cache_refuses_more_than_it_holds():
     lm, golden = load("qwen2")
     cache = new_cache(lm, 1, 8)
     lm.model(golden["prompt"][:1, :8], cache)
-    with pytest.raises(ValueError, match=r"8 \+ 1 tokens do not fit in max_len 8"):
+    with pytest.raises(ValueError, match=r"8 \+ 1 tokens do not fit in a KVCache for 8"):
         lm.model(golden["prompt"][:1, 8:9], cache)
 
 

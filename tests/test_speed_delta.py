@@ -200,15 +200,6 @@ def test_one_token_a_thousand_times(margin, loss, steps, lr):
     assert off < 1e-4, f"losses differ by {off:.1e} of their size"
 
 
-def test_who_watches_sees_every_shorter_fit():
-    hidden, tokens, head = sure_case(200, 1000, 64, 8, same=False)
-    seen = {}
-    optimize_delta_fast(hidden, tokens, head, 5, 0.1, watch=seen.__setitem__)
-    assert list(seen) == [0, 1, 2, 3, 4, 5]
-    for steps, delta in seen.items():
-        assert torch.equal(delta, optimize_delta_fast(hidden, tokens, head, steps, 0.1)[0])
-
-
 @pytest.mark.parametrize("same", [True, False])
 def test_where_the_two_forms_part(same):
     """The edge that this file's first lines state, from both sides, with float64 as the judge."""

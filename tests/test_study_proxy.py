@@ -61,5 +61,20 @@ def test_the_table(folder, out, capsys, tmp_path, monkeypatch):
 
 def test_a_run_without_answers_is_refused(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"sample": 0, "setting": "plain", "kind": "common"}\n')
-    with pytest.raises(ValueError, match="holds no plain answers"):
+    with pytest.raises(ValueError, match="the folder of a run that decoded"):
         proxy.main(proxy.parse_arguments([str(tmp_path), "--model", "x"]))
+
+
+def test_files_of_replicas_are_one_run(folder, out, capsys, tmp_path):
+    """And a run whose plain answers are still missing is refused."""
+    lines = (out / "results.jsonl").read_text().splitlines(True)
+    proxy.main(proxy.parse_arguments([str(out), "--model", str(folder)]))
+    whole = capsys.readouterr().out
+    for name, part in (("results.jsonl", lines[::2]), ("results-1.jsonl", lines[1::2])):
+        (tmp_path / name).write_text("".join(part))
+    proxy.main(proxy.parse_arguments([str(tmp_path), "--model", str(folder)]))
+    assert capsys.readouterr().out == whole
+    for name in ("results.jsonl", "results-1.jsonl"):
+        (tmp_path / name).write_text("".join(line for line in lines if '"plain"' not in line))
+    with pytest.raises(ValueError, match="no plain answers"):
+        proxy.main(proxy.parse_arguments([str(tmp_path), "--model", str(folder)]))

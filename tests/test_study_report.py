@@ -211,11 +211,20 @@ def test_slot_only_where_the_cosine_is_high(tmp_path):
     assert "| +0.300: 8 of 20 | -0.2000 [-0.3000, -0.1000] | +0.1000 [-0.1000, +0.3000] | 8 / 0 |" in cells
 
 
-@pytest.mark.parametrize("fast, fitting", [(False, 0.1 + 0.3 + 0.2), (True, 0.3 + 0.2)])
-def test_the_time_of_all_fits(fast, fitting):
-    """Two points of a learning rate are two fits of the loop; the closed form passes the one on its way to the other. A
-    control takes the fit of SLOT."""
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_samples(count, tmp_path):
+    """A report of one sample, which leaves nobody to choose a threshold for, and of halves of two and three."""
+    rows = [row for row in rows_for_report() if row["sample"] < count]
+    report.write(gsm8k_arguments(tmp_path), rows, [])
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert f"k: {count} samples" in text and (" of 1 |" in text) == (count > 1)         # the rest of two or three is one
+    if count > 1:
+        report.write(arguments(tmp_path, "--control", "none", "--split", "tune,test"), [row for row in rows if row["setting"] in ("plain", "slot 5 0.1")], [])
+
+
+def test_the_time_of_all_fits():
+    """Every point is a fit of its own. A control takes the fit of SLOT."""
     seconds = {"plain": 0, "slot 1 0.1": 0.1, "slot 3 0.1": 0.3, "slot 1 0.01": 0.2, "random 3 0.1": 0.3}
     rows = [dict(setting=name, seconds=dict(prefill=0.0, fit=100 * fit, decode=10.0)) for name, fit in seconds.items()]
-    lines = report.time_table(rows, [(1, 0.01), (1, 0.1), (3, 0.1)], fast)
-    assert lines[-1].endswith(f"together: {50 + 100 * fitting:.0f} s of fitting and decoding.")
+    lines = report.time_table(rows, [(1, 0.01), (1, 0.1), (3, 0.1)])
+    assert lines[-1].endswith("together: 110 s of fitting and decoding.")

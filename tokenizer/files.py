@@ -54,7 +54,7 @@ def load_tokenizer(folder):
         bos_ids = ids_of.get("bos_token", [])
     eos_ids = set(ids_of.get("eos_token", []))
     size = read_if_there(folder / "config.json").get("vocab_size")
-    check_size(path, words, size)
+    check_size(path, words, bos_ids, size)
     for name in ("config.json", "generation_config.json"):
         table = read_if_there(folder / name)
         check_ids(folder / name, table, "eos_token_id", size)
