@@ -69,12 +69,6 @@ def sampler(temperature=0.0, top_k=0, top_p=1.0, seed=0):
     return choose
 
 
-def drawer(args, seed):
-    """sampler(...) as the options say; of many ranks one draws for all."""
-    choose = sampler(args.temperature, args.top_k, args.top_p, seed)
-    return speed.ranks.agreed(choose) if args.ranks > 1 else choose
-
-
 def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
@@ -253,7 +247,8 @@ def main(args):
         if not args.slot_fast:
             check_memory(max(map(len, ids)), lm.config.vocab_size, args.device)
     fit = optimizer(args, lm)
-    draws = [partial(drawer, args, args.seed + place) for place in range(len(ids))]
+    draw = partial(sampler, args.temperature, args.top_k, args.top_p)
+    draws = [partial(draw, args.seed + place) for place in range(len(ids))]
     if args.picture is not None:                # it looks on from between
         from study.picture import Picture
         empty, = prompt_ids(args, tokenizer, [("\0", *prompts[0][1:])])

@@ -7,7 +7,6 @@ import sys
 import traceback
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 from checks.ranks import check_ranks
@@ -66,12 +65,3 @@ def first(make):
     if size() > 1:
         together(dist.broadcast_object_list, box)
     return box[0]
-
-
-def agreed(choose):
-    """choose: logits (V,) -> id. The same for all ranks: rank 0 draws and tells the others."""
-    def told(logits):
-        id = torch.tensor(choose(logits) if rank() == 0 else 0)
-        together(dist.broadcast, id, 0)
-        return id.item()
-    return told if size() > 1 else choose

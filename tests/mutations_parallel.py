@@ -42,10 +42,6 @@ TABLE = {
         ("a range error on one rank stays there", "if total((~b.isfinite()).sum()) > 0:",
          "if not b.isfinite().all():"),
     ],
-    ("speed/ranks.py", f"{PARALLEL} -k two"): [
-        ("every rank draws by itself, with its own seed", "    return told if size() > 1 else choose\n",
-         "    return choose\n"),
-    ],
     ("speed/parallel.py", f"{PARALLEL} -k reads_its_part_only"): [
         ("a whole model is kept by every rank on its way",
          "    return kept.clone(memory_format=torch.contiguous_format)",

@@ -77,7 +77,7 @@ def alone(folders):
     found = {}
     for name, folder in folders.items():
         lm = load_model(folder, dtype="float32")
-        found[name] = answers(lm, optimize_delta_fast, lambda choose: choose)
+        found[name] = answers(lm, optimize_delta_fast)
         prompts = prompts_of(lm.config)
         found[name]["ids one by one"] = [list(slot.generate(lm, ids, NEW, STEPS, LR)) for ids in prompts]
     return found
@@ -121,7 +121,7 @@ def test_many_ranks_say_what_one_says(name, alone, together):
 
 @every_folder
 def test_all_ranks_are_equal_to_the_last_bit(name, together):
-    """Also where each draws with another seed: rank 0 draws for all."""
+    """So that each draws the same ids with the same seed."""
     one, *others = together[name]
     for rank, other in enumerate(others, 1):
         for key in one:
