@@ -150,7 +150,7 @@ def probabilities(lm, hidden, delta, most=32):
     some = hidden[0, ::max(1, hidden.shape[1] // most)]                 # (n, d)
     logits = lm.lm_head(some).float()                                   # (n, V)
     W_delta = lm.lm_head(delta[0].to(hidden.dtype)).float()             # (1, V)
-    steered = steer(logits, W_delta)
+    steered = steer(logits, W_delta, some, 0)
     return logits.softmax(-1).mean(0).cpu(), steered.softmax(-1).mean(0).cpu()
 
 
@@ -255,7 +255,7 @@ def main(args):
         picture = Picture(args, lm, tokenizer, empty, fit, draws[0])
         fit, draws = picture.fit, [picture.draw]
     answers = None
-    if speed and len(ids) > 1:
+    if speed and len(ids) > 1 and speed.batch.stands_for(decode):
         answers = answer_together(args, lm, tokenizer, ids, new, fit, draws)
     try:
         for place, (prompt, *_) in enumerate(prompts):

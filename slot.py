@@ -84,8 +84,9 @@ def likeliest(logits):
     return logits.argmax().item()
 
 
-def steer(logits, W_delta):
-    """Equation (4), where δ enters the answer: W h and W δ, both (..., V) float32 -> W(h + δ)."""
+def steer(logits, W_delta, hidden, count):
+    """Equation (4), where δ enters the answer: W h and W δ, both (..., V) float32 -> W(h + δ).
+    hidden (..., d): h. count: the answer's tokens so far. Both are for ideas of your own."""
     return logits + W_delta
 
 
@@ -105,7 +106,7 @@ def decode(lm, hidden, cache, max_new_tokens,
             hidden = lm.model(torch.tensor([[id]], device=W.device), cache)
         logits = lm.lm_head(hidden[:, -1:]).float()                         # (1, 1, V)
         if delta is not None:
-            logits = steer(logits, W_delta)                                 # = W(h + δ)
+            logits = steer(logits, W_delta, hidden[:, -1:], count)          # = W(h + δ)
         if not logits.isfinite().all():
             raise ValueError(
                 f"the logits are not finite: a weight is not, or {W.dtype} overflows")

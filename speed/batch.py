@@ -8,12 +8,32 @@
     prompt 1    a  b  c  d | x  y  z        the cache: shorter prompts stand to the right, so that
     prompt 2    .  .  e  f | u  v           all write the same column next; `mask` hides the dots
 
+`decode` here is slot.decode for many prompts. Where that one has been edited, it is asked itself,
+prompt by prompt: what you read is what runs.
+
 Letters: B prompts, T tokens of one of them, d width, V vocabulary.
 """
+import functools
+import hashlib
+import inspect
+import sys
+
 import torch
 
 import slot
 from model import KVCache
+
+TWIN = "5d1eeab73e19a04d"     # a digest of the source of slot.decode
+
+
+@functools.cache
+def stands_for(decode):
+    """Whether `decode` is the one that is written anew for many prompts below; says so if not."""
+    same = hashlib.sha256(inspect.getsource(decode).encode()).hexdigest()[:16] == TWIN
+    if not same:
+        print("note      slot.decode has been edited: prompts are answered one by one by it",
+              file=sys.stderr, flush=True)
+    return same
 
 
 @torch.no_grad()
@@ -56,7 +76,7 @@ def decode(lm, hiddens, cache, max_new_tokens, deltas=None, choose=slot.likelies
             hidden = lm.model(new, cache)                                       # (rows, 1, d)
         logits = lm.lm_head(hidden).float()                                     # (rows, 1, V)
         if deltas is not None:
-            logits = slot.steer(logits, W_delta)
+            logits = slot.steer(logits, W_delta, hidden, count)
         if not logits.sum().isfinite():         # a sum is, only if all its terms are: one pass
             raise ValueError(f"the logits are not finite: a weight is not, or {W.dtype} overflows")
 

@@ -15,7 +15,6 @@ Letters: T tokens of the prompt, A of the reference answer, d width, V vocabular
 import copy
 import math
 import time
-from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -38,29 +37,33 @@ PIECE = 1 << 20                             # logits judged at once: they stay i
 
 
 class Text:
-    """Tokens whose loss is measured. hidden (n, d): what predicts them; ids: n of them."""
+    """Tokens whose loss is measured. hidden (n, d): what predicts them; ids: n of them. answer:
+    whether they are an answer's, from its first on, so that slot.steer is told how many came."""
 
-    def __init__(self, lm_head, hidden, ids):
+    def __init__(self, lm_head, hidden, ids, answer=False):
         self.lm_head, self.count = lm_head, len(ids)
         self.vocabulary = getattr(lm_head, "vocabulary", len(lm_head.weight))   # also of many ranks
         rows = max(1, KEPT // self.vocabulary)
         targets = torch.tensor(ids, dtype=torch.int64, device=hidden.device)
-        self.blocks = list(zip(hidden.split(rows), targets.split(rows)))
+        counts = torch.arange(self.count, device=hidden.device)[:, None] * answer       # (n, 1)
+        self.blocks = list(zip(hidden.split(rows), counts.split(rows), targets.split(rows)))
         self.kept = lm_head(hidden) if self.count <= rows else None         # W h, for all settings
 
     def logits(self):
-        """Yields logits (some, V) float32, each time anew, and the tokens (some,) they predict."""
+        """Yields logits (some, V) float32, each time anew, hidden and counts that they belong to,
+        and the tokens (some,) that they predict."""
         rows = max(1, PIECE // self.vocabulary)
-        for hidden, targets in self.blocks:
+        for hidden, counts, targets in self.blocks:
             block = self.lm_head(hidden) if self.kept is None else self.kept
-            for logits, some in zip(block.split(rows), targets.split(rows)):
-                yield logits.to(torch.float32, copy=True), some
+            for logits, *others in zip(*(x.split(rows) for x in (block, hidden, counts, targets))):
+                yield logits.to(torch.float32, copy=True), *others
 
     def loss(self, change):
-        """Mean cross entropy in nats a token, where `change` takes logits to other logits."""
+        """Mean cross entropy in nats a token, where `change` takes logits, hidden and counts to
+        other logits."""
         total = 0.0
-        for logits, targets in self.logits():
-            losses = F.cross_entropy(change(logits), targets, reduction="none")
+        for *given, targets in self.logits():
+            losses = F.cross_entropy(change(*given), targets, reduction="none")
             total += losses.cpu().double().sum().item()
         return total / max(1, self.count)
 
@@ -69,7 +72,7 @@ class Text:
         p: the sum of the predicted distributions; y: of what came, one-hot."""
         weight = self.lm_head.weight
         residual = torch.zeros(self.vocabulary, device=weight.device)       # p - y (V,)
-        for logits, targets in self.logits():
+        for logits, *_, targets in self.logits():
             residual += logits.softmax(-1).sum(0)
             residual -= torch.bincount(targets, minlength=self.vocabulary)
         residual = residual[getattr(self.lm_head, "mine", slice(None))]     # a rank's own rows
@@ -94,6 +97,7 @@ class Study:
     def __init__(self, args, lm, tokenizer, problems, new):
         self.args, self.lm, self.tokenizer = args, lm, tokenizer
         self.problems, self.new = problems, new
+        self.together = speed and speed.batch.stands_for(slot.decode)
         self.optimize = slot.optimize_delta
         if args.slot_fast:
             fast = speed.parallel_delta if args.tensor_parallel > 1 else speed.delta
@@ -149,7 +153,7 @@ class Study:
             tokens = torch.tensor([reference[:-1]], device=before.device)
             before = torch.cat((before, self.lm.model(tokens, cache)), dim=1)       # (1, A, d)
         prompt = Text(self.lm.lm_head, self.hiddens[i][0, :-1], ids[1:])
-        answer = Text(self.lm.lm_head, before[0], reference)
+        answer = Text(self.lm.lm_head, before[0], reference, answer=True)
         found = {}
         for setting in settings:
             delta, bias, fit = self.effect(i, setting)
@@ -165,10 +169,11 @@ class Study:
         return found
 
     def change(self, delta, bias):
-        """-> a function from logits (..., V) to what an effect makes of them."""
-        if delta is not None:
-            return partial(slot.steer, W_delta=self.words(delta))
-        return lambda logits: logits if bias is None else logits + bias
+        """-> a function from logits (..., V), hidden, counts to what an effect makes of them."""
+        if delta is None:
+            return lambda logits, *_: logits if bias is None else logits + bias
+        W_delta = self.words(delta)
+        return lambda logits, *others: slot.steer(logits, W_delta, *others)
 
     # a batch
 
@@ -207,7 +212,7 @@ class Study:
     def prefill(self, rows):
         """-> hidden states and cache of every row, and the seconds that a row took."""
         began, prompts = time.perf_counter(), [self.problems[i].ids for i in rows]
-        if speed:
+        if self.together:
             hiddens, cache = speed.batch.prefill(self.lm, prompts, self.new)
         else:
             hiddens, cache = zip(*[slot.prefill(self.lm, ids, self.new) for ids in prompts])
@@ -221,7 +226,7 @@ class Study:
                    lambda logits, bias=bias: slot.likeliest(logits + bias) for bias in biases]
         began, end = time.perf_counter(), self.tokenizer.eos_ids
         # A use of the cache writes behind the prompt, where the next one writes before it reads.
-        if speed:
+        if self.together:
             choose = slot.likeliest if biases[0] is None else chooses
             deltas = None if deltas[0] is None else list(deltas)
             columns = speed.batch.decode(

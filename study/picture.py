@@ -64,14 +64,16 @@ class Picture:
     def likeliest(self, p, ids):
         return [[self.word(id), each] for each, id in zip(p.tolist(), ids.tolist())]
 
-    def read(self, hidden, came, biases):
+    def read(self, hidden, came, biases, answer=False):
         """hidden (n, d) before tokens (n,), biases (K, V) -> losses, three likeliest: [K][n]."""
         losses, tops = [[] for _ in biases], [[] for _ in biases]
         rows, came = 1 + (1 << 24) // biases.shape[1], torch.tensor(came, device=biases.device)
-        for h, x in zip(hidden.split(rows), came[:, None].split(rows)):
+        counts = torch.arange(len(came), device=biases.device) * answer     # tokens of an answer
+        columns = hidden, counts[:, None], came[:, None]
+        for h, so_far, x in zip(*(column.split(rows) for column in columns)):
             Wh = self.lm.lm_head(h).float()                                         # (rows, V)
             for k, bias in enumerate(biases):
-                log_p = slot.steer(Wh, bias).log_softmax(-1)
+                log_p = slot.steer(Wh, bias, h, so_far).log_softmax(-1)
                 losses[k] += (-log_p.gather(1, x)[:, 0]).tolist()
                 tops[k] += map(self.likeliest, *log_p.exp_().topk(3))   # log_p has become p
         return losses, tops
@@ -86,11 +88,13 @@ class Picture:
         room, unseen, shifts = lm.config.max_position_embeddings - len(tokens), [], []
         if answer := self.tokenizer.encode(args.reference or "")[:room]:
             hidden, _ = slot.prefill(lm, tokens + answer, 0)
-            unseen, _ = self.read(hidden[0, len(tokens) - 1:-1], answer, biases)
+            unseen, _ = self.read(hidden[0, len(tokens) - 1:-1], answer, biases, True)
         learned = biases[-1], unigram(tokens, like=biases[-1])
         some = self.hidden[::max(1, len(tokens) // 32)]             # as in generate.probabilities
-        for Wh in (lm.lm_head(hidden).float() for hidden in (some, self.hidden[-1:])):
-            p = torch.stack([Wh, *(slot.steer(Wh, bias) for bias in learned)]).softmax(-1).mean(1)
+        for h in some, self.hidden[-1:]:
+            Wh = lm.lm_head(h).float()
+            steered = [slot.steer(Wh, bias, h, 0) for bias in learned]
+            p = torch.stack([Wh, *steered]).softmax(-1).mean(1)
             most = (p - p[0]).abs().max().clamp(min=0.01)
             for change in p[1:] - p[0]:
                 order = change.argsort(descending=True)[[*range(6), *range(-6, 0)]]

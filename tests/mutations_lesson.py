@@ -213,7 +213,7 @@ TABLE = {
         ("batch: without delta for the first token", "        if deltas is not None:\n            logits",
          "        if deltas is not None and count > 0:\n"
          "            logits"),
-        ("batch: slot.steer is not asked", "logits = slot.steer(logits, W_delta)",
+        ("batch: slot.steer is not asked", "logits = slot.steer(logits, W_delta, hidden, count)",
          "logits = logits + 2 * W_delta"),
         ("batch: another `optimize` is not asked", "optimize = optimize or slot.optimize_delta",
          "optimize = slot.optimize_delta"),

@@ -9,6 +9,7 @@ import os
 import pytest
 
 import forks
+import slot
 from mutations import MUTATIONS, ROOT
 
 pytestmark = pytest.mark.mutation
@@ -24,6 +25,13 @@ def test_mutation_names_a_line(mutation):
                         f"once: {mutation.old!r}; bring its mutations_*.py up to date")
     assert mutation.old != mutation.new
     assert all((ROOT / word).exists() for word in mutation.tests.split() if word.startswith("tests/"))
+
+
+def test_the_batch_has_this_decode():
+    """If this fails, slot.decode was edited, and several prompts are answered one by one. Bring batch.decode up to date with
+    it, if its meaning has changed, and TWIN."""
+    batch = pytest.importorskip("speed.batch", reason="there is no speed/")
+    assert batch.stands_for(slot.decode), "slot.decode is not the one of speed/batch.py: see this test's text"
 
 
 def test_descriptions_are_different():

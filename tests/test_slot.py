@@ -369,11 +369,15 @@ def test_steer_is_where_delta_enters(monkeypatch):
     """A reader who edits it edits what decoding does, at every new token."""
     import slot
     lm, tokens = load(GOLDEN / "qwen2"), golden_prompt("qwen2")[0].tolist()
-    assert torch.equal(steer(torch.ones(1, 1, 3), torch.arange(3.0)), torch.tensor([[[1.0, 2, 3]]]))
-    monkeypatch.setattr(slot, "steer", lambda logits, W_delta: W_delta)
+    assert torch.equal(steer(torch.ones(1, 1, 3), torch.arange(3.0), None, 0), torch.tensor([[[1.0, 2, 3]]]))
+    seen = []
+    monkeypatch.setattr(slot, "steer", lambda logits, W_delta, *others: seen.append((logits, *others)) or W_delta)
     hidden, cache = prefill(lm, tokens, 4)
     delta, _ = optimize_delta(hidden, tokens, lm.lm_head, 5, 0.1)
     assert list(decode(lm, hidden, cache, 4, delta)) == [lm.lm_head(delta).argmax().item()] * 4
+    for place, (logits, hidden, count) in enumerate(seen):
+        assert count == place and torch.equal(lm.lm_head(hidden), logits)
+    assert len(seen) == 4
     assert list(generate(lm, tokens, 4)) == greedy(lm, tokens, 0, 4), "without δ nothing is steered"
 
 

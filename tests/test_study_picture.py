@@ -70,7 +70,7 @@ def run():
 @torch.no_grad()
 def log_p(run, hidden, steps):
     lm, deltas = run[0], run[4]
-    return slot.steer(lm.lm_head(hidden), lm.lm_head(deltas[steps]))[0].log_softmax(-1)
+    return slot.steer(lm.lm_head(hidden), lm.lm_head(deltas[steps]), hidden, 0)[0].log_softmax(-1)
 
 
 def near(number, expected):

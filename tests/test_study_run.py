@@ -16,7 +16,7 @@ import forks
 from study_model import NEW, ROOT, by_key, facts, make, options, read, study, timeless
 
 from load_weights import load_model
-from slot import generate, optimize_delta
+from slot import decode, generate, optimize_delta
 from study import measure, run
 from study.__main__ import parse_arguments
 from study.measure import Study, Text, unigram
@@ -153,10 +153,10 @@ def test_long_texts_go_through_the_head_in_pieces(folder, monkeypatch):
     monkeypatch.setattr(measure, "PIECE", 3 * 768)
     pieces = Text(known.lm.lm_head, hidden, ids)
     assert kept.kept is not None and pieces.kept is None and len(pieces.blocks) == 8
-    assert [len(logits) for logits, _ in pieces.logits()] == [3, 3, 1] * 7 + [1]
-    for change in (lambda logits: logits, lambda logits: logits.add_(shift)):       # also one that works in place
+    assert [len(logits) for logits, *_ in pieces.logits()] == [3, 3, 1] * 7 + [1]
+    for change in (lambda logits, *_: logits, lambda logits, *_: logits.add_(shift)):       # also one that works in place
         assert pieces.loss(change) == pytest.approx(kept.loss(change), abs=1e-6)
-    assert kept.loss(lambda logits: logits) == pytest.approx(F.cross_entropy(known.lm.lm_head(hidden), torch.tensor(ids)).item(), abs=1e-6)
+    assert kept.loss(lambda logits, *_: logits) == pytest.approx(F.cross_entropy(known.lm.lm_head(hidden), torch.tensor(ids)).item(), abs=1e-6)
     assert torch.allclose(pieces.gradient(), kept.gradient(), atol=1e-5)
 
 
@@ -232,8 +232,36 @@ def test_points_and_controls_at_some(folder, tmp_path):
     assert controls.count("lr 0.1, 1 step |") == 3 and "3 steps" not in controls
 
 
+def deaf_decode(lm, hidden, cache, new, delta=None, choose=None, eos_ids=()):
+    return decode(lm, hidden, cache, new, None, choose, eos_ids)
+
+
+def test_an_edited_decode_answers(folder, whole, tmp_path, monkeypatch, capsys):
+    """One that knows no δ: the plain answers in every setting, and the losses as they were."""
+    monkeypatch.setattr(measure.slot, "decode", deaf_decode)
+    run.main(parse_arguments(options(folder, tmp_path)))
+    a, b = by_key(whole), by_key(tmp_path)
+    assert any(a[key]["answer"] != b[key]["answer"] for key in a)
+    for (sample, setting), row in b.items():
+        assert row["answer_loss"] == a[sample, setting]["answer_loss"]
+        assert row["answer"] == a[sample, "plain"]["answer"] or setting.startswith("unigram")
+
+
+def test_steer_is_told_where_it_stands(folder, monkeypatch):
+    """h, and how many tokens of the answer came before: 0 everywhere in the prompt."""
+    known, seen = loaded(folder), []
+    monkeypatch.setattr(measure, "PIECE", 5 * 768)
+    hidden, ids = torch.randn(12, 32), torch.randint(768, (12,)).tolist()
+    monkeypatch.setattr(measure.slot, "steer", lambda logits, W_delta, *others: seen.append(others) or logits)
+    for answer in (False, True):
+        Text(known.lm.lm_head, hidden, ids, answer).loss(known.change(torch.zeros(1, 1, 32), None))
+        h, counts = (torch.cat(part) for part in zip(*seen))
+        assert torch.equal(h, hidden) and counts[:, 0].tolist() == ([*range(12)] if answer else [0] * 12)
+        seen.clear()
+
+
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure.slot, "steer", lambda logits, W_delta: logits / 0)
+    monkeypatch.setattr(measure.slot, "steer", lambda logits, *_: logits / 0)
     with pytest.raises(ValueError, match="^sample 0, slot 1 0.1: a loss is not a finite number; lower the learning rate$"):
         run.main(parse_arguments(options(folder, tmp_path)))
 
