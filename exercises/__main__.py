@@ -46,7 +46,7 @@ if __name__ == "__main__":
 import torch
 
 from exercises.lessons import EXERCISES, LESSONS
-from exercises.check import check, where
+from exercises.check import SECONDS, TooLong, check, time_limit, where
 from exercises.handout import WORK, export, start
 from exercises.program import parting
 
@@ -64,13 +64,20 @@ def read_work(path):
     spec = importlib.util.spec_from_file_location("work", path)
     work = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(work)
+        with time_limit(SECONDS):
+            spec.loader.exec_module(work)
+    except TooLong as late:
+        raise ValueError(too_long(path.name, late, path)) from None
     except SyntaxError as error:
         line = (error.text or "").strip()
         raise ValueError(f"{path.name}, line {error.lineno}: {error.msg}: {line}") from None
     except (Exception, SystemExit) as error:
         raise ValueError(f"{path.name} cannot be run: {where(error, path)}") from None
     return work
+
+
+def too_long(what, late, path):
+    return f"{what} is not done after {SECONDS} seconds: {where(late, path).splitlines()[0]}"
 
 
 def verdict_of(work, number):
@@ -97,8 +104,9 @@ def show_verdict(number, verdict):
 def reward(work, number, function):
     """A picture in letters of what a function that has passed does on the embedded model."""
     try:
-        return EXERCISES[number].reward(function)
-    except Exception as error:
+        with time_limit(SECONDS):
+            return EXERCISES[number].reward(function)
+    except (Exception, TooLong) as error:
         return f"(no picture: on the embedded model it stops at {where(error, work.__file__)})"
 
 
@@ -146,7 +154,10 @@ def try_out(work, number):
     if function is None:
         raise ValueError(f"{Path(work.__file__).name} has no {exercise.solution.__name__}")
     try:
-        own, yours, runs = exercise.trial(function)
+        with time_limit(SECONDS):
+            own, yours, runs = exercise.trial(function)
+    except TooLong as late:
+        raise ValueError(too_long("the program with your function", late, work.__file__)) from None
     except NotImplementedError:
         raise ValueError(f"exercise {number} is not begun") from None
     except (Exception, SystemExit) as error:

@@ -18,7 +18,8 @@ from exercises.check import ANSWERS, known_mistakes, right_results, source_of
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "exercises" / "work.py"
-LEFT_OUT = {".git", ".venv", "venv", "runs", "__pycache__", ".pytest_cache", "work.py"}
+LEFT_OUT = {".git", ".venv", "venv", "runs", "__pycache__", ".pytest_cache", "work.py",
+            "test_exercises.py"}                # which has solutions in other words
 
 HEADER = '''"""Your work. Each exercise is a function without a body: read its text, write the body.
 

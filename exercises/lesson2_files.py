@@ -25,9 +25,9 @@ def read_tensors(data):
     Weights come in a format that can be described in three lines, which is why it has replaced
     pickles: there is nothing in it that could be executed.
 
-        8 bytes     N, the length of the header: an integer without sign, little-endian N bytes
-        the header, JSON: {name: {"dtype": .., "shape": [..], "data_offsets": [begin, end]}} the
-        rest    the numbers of all tensors, one after the other; offsets count from here
+        8 bytes     N, the length of the header: an integer without sign, little-endian
+        N bytes     JSON: {name: {"dtype": .., "shape": [..], "data_offsets": [begin, end]}, ..}
+        the rest    the numbers of all tensors, one after the other; offsets count from here
 
     One name is not a tensor: "__metadata__", strings about the file, which may be left out. The
     order of names in the header says nothing about the order of the numbers: only the offsets do.
@@ -307,7 +307,7 @@ MERGE_BYTES = Exercise(
 # ---- 7. text from a stream of tokens
 
 def stream_text(pieces):
-    """Text from a stream of tokens that split characters.
+    r"""Text from a stream of tokens that split characters.
 
     A model answers in tokens, a token is bytes, and the bytes of one character may be spread over
     several tokens: 🙂 is F0 9F 99 82, and a small vocabulary has a token for each. A program that
@@ -331,7 +331,7 @@ def stream_text(pieces):
 
     By hand: é is C3 A9. The pieces 63 C3, A9 give "c" (C3 is held back), "é", and "" for the rest.
 
-    >>> list(stream_text([b"c\\xc3", b"\\xa9"]))
+    >>> list(stream_text([b"c\xc3", b"\xa9"]))
     ['c', 'é', '']
 
     Allowed: bytes.decode, bit operations.

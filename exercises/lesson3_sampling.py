@@ -128,6 +128,9 @@ PROBABILITIES = Exercise(
                 {"p[top_k:] = 0\n        p = p / p.sum()": "p[top_k:] = 0",
                  "    return torch.zeros_like(p).scatter(-1, order, p)":
                  "    p = p / p.sum()\n    return torch.zeros_like(p).scatter(-1, order, p)"}),
+        Mistake("never scaled after top_k",
+                "What top_k has left must sum to 1 again, also where there is no top_p.",
+                {"p[top_k:] = 0\n        p = p / p.sum()": "p[top_k:] = 0"}),
         Mistake("never put back into the order of the vocabulary",
                 "The probabilities are right but sorted: place 0 is no longer token 0.",
                 {"return torch.zeros_like(p).scatter(-1, order, p)": "return p"}),

@@ -486,8 +486,8 @@ def vocabulary_bias(z, W, delta, u):
     constant: add 5 to all logits, and no probability changes. What acts is how far the log of each
     probability moves, and that depends on the position:
 
-        change_tv = log softmax(z_t + b)_v - log softmax(z_t)_v  =  b_v - log Σ_w softmax(z_t)_w
-        e^(b_w)
+        change_tv = log softmax(z_t + b)_v - log softmax(z_t)_v
+                  = b_v - log Σ_w softmax(z_t)_w e^(b_w)
 
     The second question is how the loss of exercise 11 is curved. Its gradient is Wᵀ(p - y); walking
     a little way along a direction u changes the logits by r = W u, and each p_t by p_t ⊙ (r - <p_t,

@@ -169,6 +169,14 @@ PROMPT_LOSS = Exercise(
         Mistake("divided by the number of tokens",
                 "n tokens make n - 1 pairs.",
                 {"real.sum(1).clamp(min=1)": "mask.sum(1)"}),
+        Mistake("shifted by two",
+                "Position t was asked for token t + 2: the slices were cut once too often.",
+                {"logits[:, :-1]": "logits[:, :-2]", "tokens[:, 1:]": "tokens[:, 2:]",
+                 "mask[:, :-1] & mask[:, 1:]": "mask[:, :-2] & mask[:, 2:]"}),
+        Mistake("softmax twice",
+                "F.cross_entropy and log_softmax take logits. Of probabilities they make nearly "
+                "equal ones.",
+                {"logits[:, :-1].log_softmax(-1)": "logits[:, :-1].softmax(-1).log_softmax(-1)"}),
         Mistake("sum instead of mean",
                 "A long prompt would count more than a short one, and lr would mean something "
                 "else.",

@@ -447,6 +447,27 @@ def test_arguments_must_not_be_changed(tmp_path):
     assert "tokens is changed in place; work on a copy" in verdict.text
     verdict = student(tmp_path, 10, "lm_head(hidden.zero_())")
     assert "hidden is changed in place (hidden.float() of" in verdict.text
+    verdict = student(tmp_path, 10, "tokens.pop(0)\nreturn hidden[:, :1], torch.zeros(steps + 1)")
+    assert "tokens is changed in place; work on a copy" in verdict.text
+    verdict = student(tmp_path, 6, "return [ranks.popitem()]")
+    assert "ranks is changed in place; work on a copy" in verdict.text
+
+
+def test_a_name_of_ones_own_is_no_forbidden_one(tmp_path):
+    """A variable or a helper called grad or cat: what counts is what torch is asked for."""
+    body = ("p = ((hidden + delta) @ W.T).softmax(-1).mean(0)\n"
+            "y = torch.zeros(len(W)).index_add(0, targets, torch.full((len(targets),), 1 / len(targets)))\n"
+            "grad = W.T @ (p - y)\nreturn grad")
+    assert student(tmp_path, 11, body).status == "passed"
+    autograd = ("delta = delta.clone().requires_grad_()\n"
+                "grad, = torch.autograd.grad(F.cross_entropy((hidden + delta) @ W.T, targets), delta)\nreturn grad")
+    assert student(tmp_path, 11, autograd).status == "not allowed"
+
+
+def test_a_number_is_a_tensor_of_one_number():
+    assert not checking.difference(0.5, torch.tensor(0.5), 1e-5)
+    assert checking.difference(0.6, torch.tensor(0.5), 1e-5)
+    assert checking.difference(0.5, torch.tensor([0.5]), 1e-5)
 
 
 def test_what_the_exercise_forbids_does_not_pass(tmp_path):

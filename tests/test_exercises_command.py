@@ -44,6 +44,19 @@ def copy(tmp_path_factory):
     return folder
 
 
+def test_a_loop_without_end_outside_a_function_ends(tmp_path, monkeypatch):
+    """At the top of the file, and where `try` runs the program."""
+    import exercises.__main__ as program
+    monkeypatch.setattr(program, "SECONDS", 0.3)
+    (tmp_path / "work.py").write_text("while True:\n    pass\n")
+    with pytest.raises(ValueError, match="^work.py is not done after 0.3 seconds: line [12]: "):
+        program.read_work(tmp_path / "work.py")
+    (tmp_path / "work.py").write_text(source_with({9: {"real = mask[:, :-1]": "while True: real = mask[:, :-1]"}}))
+    monkeypatch.setattr(program, "SECONDS", 3)
+    with pytest.raises(ValueError, match="^the program with your function is not done after 3 seconds: line "):
+        program.try_out(program.read_work(tmp_path / "work.py"), 9)
+
+
 # ---- the copy
 
 def test_the_copy_has_no_solution_no_mistake_and_no_answer(copy):
@@ -65,7 +78,8 @@ def test_the_copy_has_no_solution_no_mistake_and_no_answer(copy):
 
 
 def test_the_tests_run_in_the_copy(copy):
-    names = [f"tests/{path.name}" for path in (ROOT / "tests").glob("test_exercises*.py")]
+    names = [f"tests/{path.name}" for path in (copy / "tests").glob("test_exercises*.py")]
+    assert len(names) == 2              # without the one that has solutions in other words
     done = command(copy, "pytest", "-q", "-p", "no:cacheprovider", *names)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout and " skipped" in done.stdout
