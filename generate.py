@@ -133,7 +133,8 @@ def say_fit(args, lm, tokenizer, hidden, delta, losses, seconds):
         say(f"slot      δ from {show(args.delta, 160)}")
     else:
         say(f"slot      {args.slot_steps} steps, lr {args.slot_lr:g}, {way}, {seconds:.3f} s")
-        say("          loss on the prompt  " + " → ".join(f"{x:.4f}" for x in losses.tolist()))
+        what = f"loss as {args.slot_file} has it" if args.slot_file else "loss on the prompt"
+        say(f"          {what}  " + " → ".join(f"{x:.4f}" for x in losses.tolist()))
     before, after = probabilities(lm, hidden, delta)
     order = (after - before).argsort(descending=True).tolist()
     for what, ids in (("more", order[:500]), ("less", order[:-500:-1])):

@@ -29,8 +29,10 @@ def find_in_hub(name):
                          "give the folder that holds config.json")
     name = str(name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
+        there = sorted(os.listdir(kept("."))) if os.path.isdir(kept(".")) else []
+        names = f" (there: {show(', '.join(there))[1:-1]})" if there else ""
         raise FileNotFoundError(f"--model {show(Path(name), 160)}: no such folder, no name kept by "
-                                "python -m convert, and no hub id like Qwen/Qwen2.5-0.5B-Instruct")
+                                f"python -m convert{names}, and no hub id like Qwen/Qwen2.5-0.5B")
     home = os.environ.get("HF_HOME") or cache_folder() / "huggingface"
     hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     cache = Path(os.path.expanduser(hub or Path(home, "hub")))

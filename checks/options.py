@@ -22,7 +22,7 @@ def parse_arguments(arguments=None):
     add("--problem", type=number(int, 1, 300), metavar="N", help="held-out problem N of tiny/")
     add("--slot-steps", type=number(int, 0, 10_000), metavar="N", help="steps (default 0: plain)")
     add("--slot-lr", type=number(float, 0, 1e6, above=True), metavar="X",
-        help="learning rate (default 0.01; without --slot-steps it means 3 of them)")
+        help="learning rate (default 0.01; this, or what follows, means 3 steps if nothing else)")
     add("--slot-fast", action="store_true", help="the same δ by speed/delta.py, in bounded memory")
     add("--slot-memory", type=number(float, 0, 1 << 20, above=True), default=1.0, metavar="GIB",
         help="that bound (default 1)")
@@ -44,7 +44,8 @@ def parse_arguments(arguments=None):
     args = parser.parse_args(arguments)
     args.compare = args.compare or args.picture is not None
     if args.slot_steps is None:
-        args.slot_steps = 3 if args.slot_lr else 0
+        slot = args.slot_lr or args.slot_fast or args.slot_file
+        args.slot_steps = 3 if slot and args.delta is None or args.slot_lr else 0
         if args.compare and args.delta is None and not args.slot_lr:
             args.slot_steps, args.slot_lr = 5, 0.1
     args.slot_lr = args.slot_lr or 0.01
@@ -69,6 +70,8 @@ def check_options(parser, args):
              "--save-delta needs --slot-steps"),
             (args.compare and not args.slot_steps and args.delta is None,
              "--compare and --picture show what δ does; let --slot-steps be at least 1"),
+            ((args.top_k or args.top_p < 1) and not args.temperature,
+             "--top-k and --top-p cut what is drawn from; give --temperature, too, such as 1"),
             (args.reference is not None and args.picture is None, "--reference needs --picture"),
             ("RANK" in os.environ and any(
                 path is not None for path in (args.delta, args.save_delta, args.picture)),

@@ -9,7 +9,9 @@ NEEDED = ("prefill", "optimize_delta", "likeliest", "steer", "decode", "generate
 
 def slot_file(path):
     """An argparse type."""
-    if not os.path.isfile(path) or not path.endswith(".py"):
+    if not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"{path[:160]!r}: no such file; copy slot.py there")
+    if not path.endswith(".py"):
         raise argparse.ArgumentTypeError(f"{path[:160]!r} is no Python file; copy slot.py")
     return path
 

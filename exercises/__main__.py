@@ -8,35 +8,45 @@
     python -m exercises try 8           your function in the real program
     python -m exercises export DIR      a copy of the project without solutions, to hand out
 
-All but the last with --work FILE, if your functions are to stand elsewhere.
+All but the last with --work FILE, before or behind, if your functions are to stand elsewhere.
 """
+import argparse
 import importlib.util
 import json
 import shlex
+import sys
 import textwrap
+from functools import partial
 from pathlib import Path
+
+if not __package__:                     # python exercises, without -m
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from checks.command import Parser, early_signals, number, run
 
 
 def parse_arguments(arguments=None):
-    parser = Parser(prog="python -m exercises", description="The course, from RMSNorm to SLOT.")
-    parser.add_argument("--work", metavar="FILE",
-                        help="the file with your functions (default: exercises/work.py)")
+    work = argparse.ArgumentParser(add_help=False)          # before a command or behind it
+    work.add_argument("--work", metavar="FILE", default=argparse.SUPPRESS,
+                      help="the file with your functions (default: exercises/work.py)")
+    parser = Parser(prog="python -m exercises", description="The course, from RMSNorm to SLOT.",
+                    parents=[work])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    exercise = number(int, 1, 16)
-    commands.add_parser("start", help="write the file of stubs, once")
-    check = commands.add_parser("check", help="run one exercise, or all")
+    add, exercise = partial(commands.add_parser, parents=[work]), number(int, 1, 16)
+    add("start", help="write the file of stubs, once")
+    check = add("check", help="run one exercise, or all")
     check.add_argument("number", nargs="?", type=exercise)
     check.add_argument("--json", action="store_true", help="a list of results, for grading")
-    hint = commands.add_parser("hint", help="a hint to an exercise")
+    hint = add("hint", help="a hint to an exercise")
     hint.add_argument("number", type=exercise)
     hint.add_argument("which", nargs="?", type=number(int, 1, 3), default=1)
-    trial = commands.add_parser("try", help="put a function of yours into the real program")
+    trial = add("try", help="put a function of yours into the real program")
     trial.add_argument("number", type=exercise)
     export = commands.add_parser("export", help="a copy of the project without solutions")
     export.add_argument("folder")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.work = getattr(args, "work", None)
+    return args
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@
 """
 import argparse
 import os
+import sys
 from pathlib import Path
+
+if not __package__:                     # python study, without -m
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from checks.command import Parser, early_signals, number, run
 from checks.slot_file import check_speed, slot_file, use_slot_file

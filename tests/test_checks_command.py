@@ -64,6 +64,7 @@ WRONG = [([option, value], option) for option, values in NUMBERS.items()
     (["--dtype", "float8"], "--dtype"), (["--dtype", ""], "--dtype"),
     (["--nonsense"], "--nonsense"), (["--slot-steps"], "--slot-steps"), (["--top", "1"], "--top"),
     (["--prompt", "a"], "--prompt"), (["--prompts", "b", "a"], "--prompts"),
+    (["--top-k", "5", "a"], "--temperature"), (["--top-p", "0.5", "a"], "--temperature"),
     (["--raw", "--system", "x", "a"], "--system"), (["--compare", "a", "b"], "--compare"),
     (["--compare", "--prompts", "a"], "--compare"),
     (["--save-delta", "x", "--slot-steps", "1", "a", "b"], "--save-delta"),
@@ -71,7 +72,7 @@ WRONG = [([option, value], option) for option, values in NUMBERS.items()
     (["--delta", "x", "--slot-steps", "1", "a"], "--slot-steps"),
     (["--delta", "x", "--slot-lr", "0.1", "a"], "--slot-lr"),
     (["--problem", "5", "a"], "--problem"), (["--problem", "5", "--prompts", "a"], "--problem"),
-    (["--slot-file", "no-such-file.py"], "--slot-file"), (["--slot-file", "."], "--slot-file"),
+    (["--slot-file", "no-such-file.py"], "no such file"), (["--slot-file", "README.md"], "no Python file"), (["--slot-file", "."], "--slot-file"),
     (["--\ud800\n\x1b]0;x\x07" * 300], "unrecognized")]
 
 

@@ -73,6 +73,14 @@ def test_working_folder_gone(arguments, tmp_path):
     check_line(done.stderr.removesuffix("\n"), "generate.py: working folder is gone")
 
 
+@pytest.mark.parametrize("room", ["study", "exercises"])
+def test_without_m(room, tmp_path):
+    """`python study` for `python -m study`, from anywhere: a folder of that name is what runs."""
+    for name, place in ((room, ROOT), (ROOT / room, tmp_path)):
+        done = forks.run([name, "--help"], place)
+        assert done.returncode == 0 and done.stdout.startswith(f"usage: python -m {room}"), done.stderr
+
+
 def test_without_a_home():
     check_done(run(*GENERATE, drop=NAMES))
     done = forks.run(["generate.py", "--model", "no-one/nothing", "hello"], env=dict.fromkeys(NAMES))

@@ -48,6 +48,13 @@ def test_places(setting, below, tmp_path):
         assert result.err.count("\n") == 1
 
 
+def test_a_misspelt_name_is_told_what_there_is(tmp_path):
+    for name in ("smollm2", "qwen-coder"):
+        (tmp_path / "slot-models" / name).mkdir(parents=True)
+    result = command()(["--model", "smolm2", PROMPT], XDG_CACHE_HOME=str(tmp_path))
+    assert result.status == 1 and "(there: qwen-coder, smollm2)" in result.err and result.err.count("\n") == 1
+
+
 def test_a_line_break_after_the_commit(cache):
     repo = repository(cache)
     write(repo / "refs", {"main": COMMIT + "\n"})

@@ -124,7 +124,7 @@ def test_start_writes_the_file_that_it_is_given(tmp_path, capsys, monkeypatch):
     main(parse_arguments(["--work", str(work)]))
     assert capsys.readouterr().out.endswith(f". Begin with: python -m exercises --work '{work}' start\n")
     with pytest.raises(ValueError, match="mine here.py is not there; begin with: .* --work '.*' start"):
-        main(parse_arguments(["--work", str(work), "check", "1"]))
+        main(parse_arguments(["check", "--work", str(work), "1"]))
     before = handout.WORK.exists() and handout.WORK.read_bytes()
     main(parse_arguments(["--work", str(work), "start"]))
     assert work.read_text(encoding="utf-8") == work_text()

@@ -452,7 +452,7 @@ def test_slot_file_takes_the_place_of_slot(several, tmp_path):
         "nll = loss(logits[0], targets)", "nll = -loss(logits[0], targets)")))
     assert backwards.returncode == 0 and backwards.stdout != usual
     if not several:
-        assert re.search(r"loss on the prompt  (-\d+\.\d{4} → ){10}-", backwards.stderr)
+        assert re.search(r"loss as .*my_slot.py has it  (-\d+\.\d{4} → ){10}-", backwards.stderr)
     steered = process(*arguments, "--slot-file", edited(tmp_path, (
         "return logits + W_delta", "return W_delta")))
     assert steered.returncode == 0 and steered.stdout not in (usual, backwards.stdout)
@@ -495,7 +495,8 @@ def test_a_slot_file_must_be_whole_and_is_named(tmp_path):
     done = process("--slot-file", edited(tmp_path, ("def steer(", "def steered(")))
     assert done.returncode == 2 and "has no steer; copy the whole of slot.py" in done.stderr and done.stderr.count("\n") == 1
     path = edited(tmp_path)
-    assert f"the loop of {path}," in process("--slot-steps", "1", "--slot-file", path).stderr
+    assert f"slot      3 steps, lr 0.01, the loop of {path}," in process("--slot-file", path).stderr
+    assert "slot  " not in process("--slot-steps", "0", "--slot-file", path).stderr
     assert "leave --slot-fast out" in process("--slot-fast", "--slot-file", path).stderr
 
 
