@@ -62,13 +62,14 @@ def decode(lm, hiddens, cache, max_new_tokens, deltas=None, choose=slot.likelies
     """Answer B prefilled prompts: yields, a token at a time, a list with an id for each prompt, or
     None once its answer has ended. As in slot.decode the end id is not yielded.
 
-    deltas: B tensors (1, 1, d), or None, the plain model. choose: a function from logits (V,) to an
+    deltas: B tensors of d numbers, or None, the plain model. choose: a function from logits (V,) to an
     id, or a list of them, one for each prompt.
     """
     W, B = lm.lm_head.weight, len(hiddens)
     hidden = torch.cat([each[:, -1:] for each in hiddens])                      # (B, 1, d)
     if deltas is not None:
-        W_delta = lm.lm_head(torch.cat(deltas).to(W.dtype)).float()             # (B, 1, V)
+        deltas = torch.stack([delta.reshape(1, -1) for delta in deltas])        # (B, 1, d)
+        W_delta = lm.lm_head(deltas.to(W.dtype)).float()                        # (B, 1, V)
     rows = list(range(B))                           # the prompts that are still being answered
     for count in range(max_new_tokens):
         if count > 0:

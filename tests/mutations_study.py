@@ -27,6 +27,7 @@ TABLE = {
          "tokens=len(ids))"),
         ("study: alignment of the predictions alone",
          "residual -= torch.bincount(targets, minlength=self.vocabulary)", "pass"),
+        ("study: slot.steer is not told how long the answer is", "[:, None] * answer", "[:, None] * 0"),
         ("study: kept logits handed out to be changed", "logits.to(torch.float32, copy=True)",
          "logits.to(torch.float32)"),
     ],

@@ -459,15 +459,18 @@ def test_slot_file_takes_the_place_of_slot(several, tmp_path):
 
 
 def test_an_edited_decode_answers_several_prompts_too(tmp_path):
-    """One by one, by itself: speed/batch.py does not know it. A fading δ, by the same token, in `steer`: together."""
+    """One by one, by itself: speed/batch.py does not know it. An edited `steer`, which depends on h and on the answer's
+    length: together."""
     usual = "--slot-steps", 10, "--slot-lr", 0.5, "--max-new-tokens", 12
     fading = edited(tmp_path, ("steer(logits, W_delta, hidden[:, -1:], count)", "steer(logits, W_delta * 0.5 ** count, hidden, count)"))
     alone = [process(*usual, "--slot-file", fading, prompt).stdout for prompt in (BOOKS, APPLES)]
     both = process(*usual, "--slot-file", fading, BOOKS, APPLES)
     assert answers(both) == alone and both.stdout != run(*usual, BOOKS, APPLES).out
     assert ("slot.decode has been edited" in both.stderr) == (command_file.speed is not None)
-    fading = edited(tmp_path, ("return logits + W_delta", "return logits + W_delta * 0.5 ** count"))
-    both = process(*usual, "--slot-file", fading, BOOKS, APPLES)
+    gated = edited(tmp_path, ("return logits + W_delta",
+                              "return logits + W_delta * 0.5 ** count * hidden[..., 6:7]"))
+    alone = [process(*usual, "--slot-file", gated, prompt).stdout for prompt in (BOOKS, APPLES)]
+    both = process(*usual, "--slot-file", gated, BOOKS, APPLES)
     assert answers(both) == alone and "has been edited" not in both.stderr
 
 

@@ -87,6 +87,18 @@ def test_delta_of_a_batch(family, lengths, optimize):
         assert torch.equal(delta, own) and torch.equal(losses, own_losses)
 
 
+@pytest.mark.parametrize("shape", [(-1,), (1, -1), (1, 1, -1)])
+def test_a_delta_of_any_shape_stays_with_its_prompt(shape):
+    """A reader's optimize_delta that returns (1, d), not (1, 1, d), once gave every prompt the δ of the first."""
+    lm, batch = load(GOLDEN / "qwen2"), prompts("qwen2", (4, 9, 6))
+
+    def flat(*given):
+        delta, losses = slot.optimize_delta(*given)
+        return delta.reshape(shape), losses
+
+    assert answers_of(generate_batch(lm, batch, 6, 20, 0.5, optimize=flat)) == answers_of(generate_batch(lm, batch, 6, 20, 0.5))
+
+
 @both_forms
 @pytest.mark.parametrize("name", MODELS)
 def test_authors_runs_as_a_batch(name, optimize):

@@ -399,7 +399,7 @@ def test_results_of_other_code_are_refused(folder, tmp_path):
     (["--split", "half"], "invalid choice"), (["--limit", "0"], "at least 1"), (["--task", "x"], "invalid choice"), (["--points", "3"], "'3' is not STEPS:RATE"),
     (["--split", "tune,test", "--only", "loss"], "--only loss has none"),
     (["--points", "3:0.1", "--lr", "0.1"], "give --points, or --steps and --lr"), (["--control-points", "4:0.1"], "that SLOT is not run at"),
-    (["--only", "speed"], "invalid choice"), (["--slot-file", "nothing.py"], "no Python file"),
+    (["--only", "speed"], "invalid choice"), (["--slot-file", "nothing.py"], "no such file"),
 ])
 def test_wrong_options_get_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
