@@ -513,7 +513,8 @@ def vocabulary_bias(z, W, delta, u):
     >>> vocabulary_bias(torch.zeros(1, 2), W, torch.tensor([3.0]).log(), torch.tensor([1.0]))
     (tensor([[ 0.4055, -0.6931]]), tensor([0.1875]))
 
-    Allowed: softmax, log_softmax, matrix products. Not allowed: autograd; the d × d matrix H.
+    Allowed: softmax, log_softmax, matrix products. Not allowed: autograd. The d × d matrix H is not
+    needed, and of a real model it has millions of entries.
 
     To think about: for which u ≠ 0 is <u, H u> = 0? What does such a u do to the answers?
     """
