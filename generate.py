@@ -256,7 +256,7 @@ def main(args):
         picture = Picture(args, lm, tokenizer, empty, fit, draws[0])
         fit, draws = picture.fit, [picture.draw]
     answers = None
-    if speed and len(ids) > 1 and speed.batch.stands_for(decode):
+    if speed and len(ids) > 1 and speed.batch.stands_for(prefill, decode):
         answers = answer_together(args, lm, tokenizer, ids, new, fit, draws)
     try:
         for place, (prompt, *_) in enumerate(prompts):

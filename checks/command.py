@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
@@ -42,7 +43,8 @@ def fail(message, status=1):
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
     file = Path(sys.argv[0])
     command = file.name
-    if (file.parent / "__init__.py").exists():          # a part of a package, or all of it
+    file = file / "__main__.py" if file.is_dir() else file      # python study
+    if (file.parent / "__init__.py").exists():                  # a part of a package, or all of it
         command = f"python -m {file.parent.name}.{file.stem}".removesuffix(".__main__")
     out, rank = sys.stderr, os.environ.get("RANK", "0")
     if rank != "0":                     # of many processes, which say nothing but this
@@ -71,6 +73,13 @@ def number(kind, low, high=math.inf, above=False):
                 f"{text[:40]!r} is not {what} {least} {low:,.15g}{most}")
         return value
     return parse
+
+
+def check_speed(parser, args):
+    """What speed/ alone can do, asked for where it has been taken away."""
+    if (args.slot_fast or "RANK" in os.environ) and not find_spec("speed"):
+        parser.error("--slot-fast and torchrun need speed/, and there is none; without them the "
+                     "numbers are the same")
 
 
 def early_signals():

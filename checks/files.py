@@ -7,7 +7,7 @@ import os
 import re
 import reprlib
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MAX_JSON = 64 << 20     # bytes; the largest tokenizer.json has 35 MB, and parsing takes tenfold
@@ -87,7 +87,7 @@ def check_target(path):
 def whole_file(path):
     """A file for bytes, which takes the place of `path` once it is whole: else what was there
     stays. OSError names `path`."""
-    part = Path(f"{path}.{os.getpid()}.part")           # replicas of a run may write at once
+    part = Path(path).with_name(f".{os.getpid()}.part")     # replicas of a run may write at once
     try:
         with open(part, "wb") as file:
             yield file
@@ -95,7 +95,8 @@ def whole_file(path):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def foreign(head):

@@ -2,8 +2,8 @@
 import os
 from pathlib import Path
 
-from checks.command import Parser, number
-from checks.slot_file import check_speed, slot_file, use_slot_file
+from checks.command import Parser, check_speed, number
+from checks.slot_file import slot_file, use_slot_file
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 NEW_TOKENS = 256
@@ -22,7 +22,7 @@ def parse_arguments(arguments=None):
     add("--problem", type=number(int, 1, 300), metavar="N", help="held-out problem N of tiny/")
     add("--slot-steps", type=number(int, 0, 10_000), metavar="N", help="steps (default 0: plain)")
     add("--slot-lr", type=number(float, 0, 1e6, above=True), metavar="X",
-        help="learning rate (default 0.01; this, or what follows, means 3 steps if nothing else)")
+        help="learning rate (default 0.01; it means 3 steps, so do --slot-fast and --slot-file)")
     add("--slot-fast", action="store_true", help="the same δ by speed/delta.py, in bounded memory")
     add("--slot-memory", type=number(float, 0, 1 << 20, above=True), default=1.0, metavar="GIB",
         help="that bound (default 1)")

@@ -9,17 +9,11 @@ NEEDED = ("prefill", "optimize_delta", "likeliest", "steer", "decode", "generate
 
 def slot_file(path):
     """An argparse type."""
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise argparse.ArgumentTypeError(f"{path[:160]!r}: no such file; copy slot.py there")
-    if not path.endswith(".py"):
+    if not os.path.isfile(path) or not path.endswith(".py"):
         raise argparse.ArgumentTypeError(f"{path[:160]!r} is no Python file; copy slot.py")
     return path
-
-
-def check_speed(parser, args):
-    if (args.slot_fast or "RANK" in os.environ) and not importlib.util.find_spec("speed"):
-        parser.error("--slot-fast and torchrun need speed/, and there is none; without them the "
-                     "numbers are the same")
 
 
 def use_slot_file(parser, args):

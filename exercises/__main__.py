@@ -8,7 +8,7 @@
     python -m exercises try 8           your function in the real program
     python -m exercises export DIR      a copy of the project without solutions, to hand out
 
-All but the last with --work FILE, before or behind, if your functions are to stand elsewhere.
+All but export with --work FILE, before or behind, if your functions are to stand elsewhere.
 """
 import argparse
 import importlib.util

@@ -157,8 +157,6 @@ def known_mistakes(number, exercise):
 
 def difference(got, right, tolerance):
     """What keeps two results apart, in words, or "" if nothing does."""
-    if isinstance(right, torch.Tensor) and right.ndim == 0 and isinstance(got, float):
-        got = right.new_tensor(got)                             # one number is one number
     if isinstance(right, torch.Tensor):
         return tensor_difference(got, right, tolerance)
     if isinstance(got, torch.Tensor) and got.ndim == 0 and not isinstance(right, str):
@@ -348,12 +346,15 @@ def where(error, file):
 def not_allowed(exercise, file):
     """What a student's file uses though it is to do without, in words, or ""."""
     module = ast.parse(Path(file).read_text(encoding="utf-8")) if file else ast.Module([], [])
-    imported, asked, named, own = set(), set(), set(), set()    # own: names that the file makes
+    imported, asked, named = set(), set(), set()
+    own, brought = set(), set()             # names that the file makes, that an import brings
     for node in ast.walk(module):
         if isinstance(node, (ast.FunctionDef, ast.arg)):
             own.add(getattr(node, "name", None) or getattr(node, "arg", None))
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             own.add(node.id)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            brought |= {alias.asname or alias.name for alias in node.names}
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -361,7 +362,7 @@ def not_allowed(exercise, file):
         if getattr(node, "name", None) == exercise.solution.__name__:
             asked |= {getattr(part, "attr", None) for part in ast.walk(node)}       # torch.cat
             named |= {getattr(part, "id", None) for part in ast.walk(node)}         # cat
-    used = (asked | named - own) & set(exercise.forbidden)
+    used = (asked | named - (own - brought)) & set(exercise.forbidden)
     if used:
         names = ", ".join(sorted(used))
         return f"the results are right, but the exercise is to do without {names}"

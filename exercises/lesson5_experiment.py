@@ -233,7 +233,7 @@ def can_gain(h_prompt, x_prompt, h_answer, x_answer, W, b):
     h_prompt (n, d), x_prompt (n,)   hidden states and the tokens that came next: the prompt's
     h_answer (m, d), x_answer (m,)   the right answer's
     W (V, d),  b (V,)                the head; SLOT's bias W δ
-    returns                          the cosine, one number, and the control (V,)
+    returns                          the cosine, a tensor of shape (), and the control (V,)
 
     By hand: W and the prompt of exercise 11's example: V = 3, d = 2, h = 0, x_prompt (0, 0, 1),
     g_prompt = (-1/3, 0). x_answer (0): p - y = (-2/3, 1/3, 1/3), g_answer = (-2/3, 1/3). Product

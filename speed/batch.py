@@ -8,11 +8,12 @@
     prompt 1    a  b  c  d | x  y  z        the cache: shorter prompts stand to the right, so that
     prompt 2    .  .  e  f | u  v           all write the same column next; `mask` hides the dots
 
-`decode` here is slot.decode for many prompts. Where that one has been edited, it is asked itself,
-prompt by prompt: what you read is what runs.
+`prefill` and `decode` here are those of slot.py for many prompts. Where one of those has been
+edited, generate.py and the study ask them, prompt by prompt: what you read is what runs.
 
 Letters: B prompts, T tokens of one of them, d width, V vocabulary.
 """
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -23,17 +24,23 @@ import torch
 import slot
 from model import KVCache
 
-TWIN = "5d1eeab73e19a04d"     # a digest of the source of slot.decode
+TWIN = "52bbf307cdf33a39"     # `digest` of slot.prefill and slot.decode
+
+
+def digest(*functions):
+    source = "".join(map(inspect.getsource, functions))
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 @functools.cache
-def stands_for(decode):
-    """Whether `decode` is the one that is written anew for many prompts below; says so if not."""
-    same = hashlib.sha256(inspect.getsource(decode).encode()).hexdigest()[:16] == TWIN
-    if not same:
-        print("note      slot.decode has been edited: prompts are answered one by one by it",
-              file=sys.stderr, flush=True)
-    return same
+def stands_for(prefill, decode):
+    """Whether these are the ones that are written anew for many prompts below; says so if not."""
+    with contextlib.suppress(OSError, TypeError):           # no source: whose they are, nobody knows
+        if digest(prefill, decode) == TWIN:
+            return True
+    print("note      slot.py's prefill or decode has been edited: prompts are answered one by one",
+          file=sys.stderr, flush=True)
+    return False
 
 
 @torch.no_grad()
@@ -109,8 +116,6 @@ def collected(columns, count):
 
 def chosen(logits, rows, choose):
     """logits (rows, V) -> an id for each row."""
-    if choose is slot.likeliest:
-        return logits.argmax(-1).tolist()
     if callable(choose):
         return [choose(each) for each in logits]
     return [choose[row](each) for row, each in zip(rows, logits)]

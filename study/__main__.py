@@ -14,8 +14,8 @@ from pathlib import Path
 if not __package__:                     # python study, without -m
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from checks.command import Parser, early_signals, number, run
-from checks.slot_file import check_speed, slot_file, use_slot_file
+from checks.command import Parser, check_speed, early_signals, number, run
+from checks.slot_file import slot_file, use_slot_file
 from study.settings import CONTROLS
 from study.tasks import TASKS
 

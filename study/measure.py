@@ -45,7 +45,7 @@ class Text:
         self.vocabulary = getattr(lm_head, "vocabulary", len(lm_head.weight))   # also of many ranks
         rows = max(1, KEPT // self.vocabulary)
         targets = torch.tensor(ids, dtype=torch.int64, device=hidden.device)
-        counts = torch.arange(self.count, device=hidden.device)[:, None] * answer       # (n, 1)
+        counts = torch.arange(self.count) * answer                          # (n,)
         self.blocks = list(zip(hidden.split(rows), counts.split(rows), targets.split(rows)))
         self.kept = lm_head(hidden) if self.count <= rows else None         # W h, for all settings
 
@@ -81,6 +81,15 @@ class Text:
         return gradient if len(residual) == self.vocabulary else speed.ranks.total(gradient)
 
 
+def steered(logits, W_delta, hidden, counts):
+    """slot.steer for positions of a text, logits (n, V), hidden (n, d), counts (n,): as `decode` asks
+    it, with a number of tokens that came before. In a prompt none of an answer has come."""
+    if not counts.any():
+        return slot.steer(logits, W_delta, hidden, 0)
+    rows = zip(logits.split(1), hidden.split(1), counts.tolist())
+    return torch.cat([slot.steer(row, W_delta, h, count) for row, h, count in rows])
+
+
 def unigram(ids, like):
     """log(1 + how often each token occurs in `ids`), (V,), scaled to the norm of `like` (V,). A
     constant on all logits changes no probability, so both are taken without their mean: what is
@@ -97,7 +106,9 @@ class Study:
     def __init__(self, args, lm, tokenizer, problems, new):
         self.args, self.lm, self.tokenizer = args, lm, tokenizer
         self.problems, self.new = problems, new
-        self.together = speed and speed.batch.stands_for(slot.decode)
+        self.together = False
+        if speed and not args.only:
+            self.together = speed.batch.stands_for(slot.prefill, slot.decode)
         self.optimize = slot.optimize_delta
         if args.slot_fast:
             fast = speed.parallel_delta if args.tensor_parallel > 1 else speed.delta
@@ -173,7 +184,7 @@ class Study:
         if delta is None:
             return lambda logits, *_: logits if bias is None else logits + bias
         W_delta = self.words(delta)
-        return lambda logits, *others: slot.steer(logits, W_delta, *others)
+        return lambda logits, *others: steered(logits, W_delta, *others)
 
     # a batch
 

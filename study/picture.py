@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import slot
 from checks.files import whole_file
-from study.measure import unigram
+from study.measure import steered, unigram
 
 
 def common(a, b):
@@ -68,12 +68,12 @@ class Picture:
         """hidden (n, d) before tokens (n,), biases (K, V) -> losses, three likeliest: [K][n]."""
         losses, tops = [[] for _ in biases], [[] for _ in biases]
         rows, came = 1 + (1 << 24) // biases.shape[1], torch.tensor(came, device=biases.device)
-        counts = torch.arange(len(came), device=biases.device) * answer     # tokens of an answer
-        columns = hidden, counts[:, None], came[:, None]
+        counts = torch.arange(len(came)) * answer           # tokens of the answer before each
+        columns = hidden, counts, came[:, None]
         for h, so_far, x in zip(*(column.split(rows) for column in columns)):
             Wh = self.lm.lm_head(h).float()                                         # (rows, V)
             for k, bias in enumerate(biases):
-                log_p = slot.steer(Wh, bias, h, so_far).log_softmax(-1)
+                log_p = steered(Wh, bias, h, so_far).log_softmax(-1)
                 losses[k] += (-log_p.gather(1, x)[:, 0]).tolist()
                 tops[k] += map(self.likeliest, *log_p.exp_().topk(3))   # log_p has become p
         return losses, tops
@@ -93,8 +93,8 @@ class Picture:
         some = self.hidden[::max(1, len(tokens) // 32)]             # as in generate.probabilities
         for h in some, self.hidden[-1:]:
             Wh = lm.lm_head(h).float()
-            steered = [slot.steer(Wh, bias, h, 0) for bias in learned]
-            p = torch.stack([Wh, *steered]).softmax(-1).mean(1)
+            with_bias = [slot.steer(Wh, bias, h, 0) for bias in learned]
+            p = torch.stack([Wh, *with_bias]).softmax(-1).mean(1)
             most = (p - p[0]).abs().max().clamp(min=0.01)
             for change in p[1:] - p[0]:
                 order = change.argsort(descending=True)[[*range(6), *range(-6, 0)]]

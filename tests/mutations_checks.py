@@ -97,7 +97,7 @@ TABLE = {
     ],
     ("checks/files.py", f"{LOAD} -k failure or disk or once"): [
         ("weights written under their own name at once",
-         'part = Path(f"{path}.{os.getpid()}.part")', "part = Path(path)"),
+         'part = Path(path).with_name(f".{os.getpid()}.part")', "part = Path(path)"),
     ],
     ("checks/files.py", f"{LOAD} -k disk"): [
         ("a full disk without the file's name",

@@ -462,12 +462,9 @@ def test_a_name_of_ones_own_is_no_forbidden_one(tmp_path):
     autograd = ("delta = delta.clone().requires_grad_()\n"
                 "grad, = torch.autograd.grad(F.cross_entropy((hidden + delta) @ W.T, targets), delta)\nreturn grad")
     assert student(tmp_path, 11, autograd).status == "not allowed"
-
-
-def test_a_number_is_a_tensor_of_one_number():
-    assert not checking.difference(0.5, torch.tensor(0.5), 1e-5)
-    assert checking.difference(0.6, torch.tensor(0.5), 1e-5)
-    assert checking.difference(0.5, torch.tensor([0.5]), 1e-5)
+    brought = ("from torch.func import grad\nown = lambda grad: grad\n"
+               "return grad(lambda d: F.cross_entropy((hidden + d) @ W.T, targets))(delta)")
+    assert student(tmp_path, 11, brought).status == "not allowed"
 
 
 def test_what_the_exercise_forbids_does_not_pass(tmp_path):

@@ -466,12 +466,15 @@ def test_an_edited_decode_answers_several_prompts_too(tmp_path):
     alone = [process(*usual, "--slot-file", fading, prompt).stdout for prompt in (BOOKS, APPLES)]
     both = process(*usual, "--slot-file", fading, BOOKS, APPLES)
     assert answers(both) == alone and both.stdout != run(*usual, BOOKS, APPLES).out
-    assert ("slot.decode has been edited" in both.stderr) == (command_file.speed is not None)
+    assert ("prefill or decode has been edited" in both.stderr) == (command_file.speed is not None)
     gated = edited(tmp_path, ("return logits + W_delta",
                               "return logits + W_delta * 0.5 ** count * hidden[..., 6:7]"))
     alone = [process(*usual, "--slot-file", gated, prompt).stdout for prompt in (BOOKS, APPLES)]
     both = process(*usual, "--slot-file", gated, BOOKS, APPLES)
     assert answers(both) == alone and "has been edited" not in both.stderr
+    second = edited(tmp_path, ("return logits.argmax().item()", "return logits.topk(2).indices[1].item()"))
+    alone = [process(*usual, "--slot-file", second, prompt).stdout for prompt in (BOOKS, APPLES)]
+    assert answers(process(*usual, "--slot-file", second, BOOKS, APPLES)) == alone
 
 
 @pytest.mark.parametrize("old, new, words", [

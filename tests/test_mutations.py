@@ -28,10 +28,11 @@ def test_mutation_names_a_line(mutation):
 
 
 def test_the_batch_has_this_decode():
-    """If this fails, slot.decode was edited, and several prompts are answered one by one. Bring batch.decode up to date with
-    it, if its meaning has changed, and TWIN."""
+    """If this fails, slot.prefill or slot.decode was edited, and several prompts are answered one by one. Bring those of
+    speed/batch.py up to date, if the meaning has changed, and TWIN."""
     batch = pytest.importorskip("speed.batch", reason="there is no speed/")
-    assert batch.stands_for(slot.decode), "slot.decode is not the one of speed/batch.py: see this test's text"
+    now = batch.digest(slot.prefill, slot.decode)
+    assert now == batch.TWIN, f"slot.py has other ones than speed/batch.py knows, {now}: see this test's text"
 
 
 def test_descriptions_are_different():

@@ -248,15 +248,15 @@ def test_an_edited_decode_answers(folder, whole, tmp_path, monkeypatch, capsys):
 
 
 def test_steer_is_told_where_it_stands(folder, monkeypatch):
-    """h, and how many tokens of the answer came before: 0 everywhere in the prompt."""
+    """h, and how many tokens of the answer came before: one at a time, and 0 for all of the prompt."""
     known, seen = loaded(folder), []
     monkeypatch.setattr(measure, "PIECE", 5 * 768)
     hidden, ids = torch.randn(12, 32), torch.randint(768, (12,)).tolist()
     monkeypatch.setattr(measure.slot, "steer", lambda logits, W_delta, *others: seen.append(others) or logits)
     for answer in (False, True):
         Text(known.lm.lm_head, hidden, ids, answer).loss(known.change(torch.zeros(1, 1, 32), None))
-        h, counts = (torch.cat(part) for part in zip(*seen))
-        assert torch.equal(h, hidden) and counts[:, 0].tolist() == ([*range(12)] if answer else [0] * 12)
+        assert torch.equal(torch.cat([h for h, _ in seen]), hidden)
+        assert [count for _, count in seen] == ([*range(12)] if answer else [0] * 3)        # numbers, as in decode
         seen.clear()
 
 
