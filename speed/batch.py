@@ -34,8 +34,8 @@ def digest(*functions):
 
 @functools.cache
 def stands_for(prefill, decode):
-    """Whether these are the ones that are written anew for many prompts below; says so if not."""
-    with contextlib.suppress(OSError, TypeError):           # no source: whose they are, nobody knows
+    """Whether these are the ones that are written anew for many prompts below. Says so if not."""
+    with contextlib.suppress(OSError, TypeError):       # where Python finds no source of them
         if digest(prefill, decode) == TWIN:
             return True
     print("note      slot.py's prefill or decode has been edited: prompts are answered one by one",
@@ -69,8 +69,8 @@ def decode(lm, hiddens, cache, max_new_tokens, deltas=None, choose=slot.likelies
     """Answer B prefilled prompts: yields, a token at a time, a list with an id for each prompt, or
     None once its answer has ended. As in slot.decode the end id is not yielded.
 
-    deltas: B tensors of d numbers, or None, the plain model. choose: a function from logits (V,) to an
-    id, or a list of them, one for each prompt.
+    deltas: B tensors of d numbers, or None, the plain model. choose: a function from logits (V,) to
+    an id, or a list of them, one for each prompt.
     """
     W, B = lm.lm_head.weight, len(hiddens)
     hidden = torch.cat([each[:, -1:] for each in hiddens])                      # (B, 1, d)

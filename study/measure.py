@@ -82,8 +82,8 @@ class Text:
 
 
 def steered(logits, W_delta, hidden, counts):
-    """slot.steer for positions of a text, logits (n, V), hidden (n, d), counts (n,): as `decode` asks
-    it, with a number of tokens that came before. In a prompt none of an answer has come."""
+    """slot.steer for a text, logits (n, V), hidden (n, d), counts (n,): as `decode` asks it, with the
+    number of tokens that came before. In a prompt none of an answer has come."""
     if not counts.any():
         return slot.steer(logits, W_delta, hidden, 0)
     rows = zip(logits.split(1), hidden.split(1), counts.tolist())
