@@ -82,8 +82,8 @@ class Text:
 
 
 def steered(logits, W_delta, hidden, counts):
-    """slot.steer for a text, logits (n, V), hidden (n, d), counts (n,): as `decode` asks it, with the
-    number of tokens that came before. In a prompt none of an answer has come."""
+    """slot.steer for a text, logits (n, V), hidden (n, d), counts (n,): as `decode` asks it, with how
+    many tokens of the answer came before; in a prompt none has."""
     if not counts.any():
         return slot.steer(logits, W_delta, hidden, 0)
     rows = zip(logits.split(1), hidden.split(1), counts.tolist())
