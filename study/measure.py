@@ -82,8 +82,8 @@ class Text:
 
 
 def steered(logits, W_delta, hidden, counts):
-    """slot.steer for a text, logits (n, V), hidden (n, d), counts (n,): as `decode` asks it, with how
-    many tokens of the answer came before; in a prompt none has."""
+    """slot.steer for a text: logits (n, V), hidden (n, d), counts (n,). It is asked as `decode` asks,
+    with the number of the answer's tokens so far; in a prompt that is 0."""
     if not counts.any():
         return slot.steer(logits, W_delta, hidden, 0)
     rows = zip(logits.split(1), hidden.split(1), counts.tolist())
