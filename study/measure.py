@@ -82,7 +82,7 @@ class Text:
 
 
 def steered(logits, W_delta, hidden, counts):
-    """slot.steer for a text: logits (n, V), hidden (n, d), counts (n,). It is asked as `decode` asks,
+    """slot.steer for a text: logits (n, V), hidden (n, d), counts (n,). It is asked as by `decode`,
     with the number of the answer's tokens so far; in a prompt that is 0."""
     if not counts.any():
         return slot.steer(logits, W_delta, hidden, 0)
