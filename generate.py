@@ -133,8 +133,8 @@ def say_fit(args, lm, tokenizer, hidden, delta, losses, seconds):
         say(f"slot      δ from {show(args.delta, 160)}")
     else:
         say(f"slot      {args.slot_steps} steps, lr {args.slot_lr:g}, {way}, {seconds:.3f} s")
-        what = f"loss as {args.slot_file} has it" if args.slot_file else "loss on the prompt"
-        say(f"          {what}  " + " → ".join(f"{x:.4f}" for x in losses.tolist()))
+        loss = f"loss as {args.slot_file} has it" if args.slot_file else "loss on the prompt"
+        say(f"          {loss}  " + " → ".join(f"{x:.4f}" for x in losses.tolist()))
     before, after = probabilities(lm, hidden, delta)
     order = (after - before).argsort(descending=True).tolist()
     for what, ids in (("more", order[:500]), ("less", order[:-500:-1])):
@@ -256,7 +256,7 @@ def main(args):
         picture = Picture(args, lm, tokenizer, empty, fit, draws[0])
         fit, draws = picture.fit, [picture.draw]
     answers = None
-    if speed and len(ids) > 1 and speed.batch.stands_for(prefill, decode):
+    if speed and len(ids) > 1 and speed.batch.stands_for_slot():
         answers = answer_together(args, lm, tokenizer, ids, new, fit, draws)
     try:
         for place, (prompt, *_) in enumerate(prompts):

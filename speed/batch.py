@@ -8,13 +8,12 @@
     prompt 1    a  b  c  d | x  y  z        the cache: shorter prompts stand to the right, so that
     prompt 2    .  .  e  f | u  v           all write the same column next; `mask` hides the dots
 
-`prefill` and `decode` here are those of slot.py for many prompts. Where one of those has been
-edited, generate.py and the study ask them, prompt by prompt: what you read is what runs.
+`prefill`, `decode` and what they do for `likeliest` are slot.py's for many prompts. Where one of
+those has been edited, generate.py and the study ask it, prompt by prompt: what you read runs.
 
 Letters: B prompts, T tokens of one of them, d width, V vocabulary.
 """
 import contextlib
-import functools
 import hashlib
 import inspect
 import sys
@@ -24,22 +23,21 @@ import torch
 import slot
 from model import KVCache
 
-TWIN = "52bbf307cdf33a39"     # `digest` of slot.prefill and slot.decode
+TWIN = "8fe3a492322d56a6"     # `digest` of slot.py as it is written anew here
 
 
-def digest(*functions):
-    source = "".join(map(inspect.getsource, functions))
+def digest():
+    source = "".join(map(inspect.getsource, (slot.prefill, slot.likeliest, slot.decode)))
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
-@functools.cache
-def stands_for(prefill, decode):
-    """Whether these are the ones that are written anew for many prompts below. Says so if not."""
+def stands_for_slot():
+    """Whether slot.py's functions are those that are written anew below. Says so if not."""
     with contextlib.suppress(OSError, TypeError):       # where Python finds no source of them
-        if digest(prefill, decode) == TWIN:
+        if digest() == TWIN:
             return True
-    print("note      slot.py's prefill or decode has been edited: prompts are answered one by one",
-          file=sys.stderr, flush=True)
+    print("note      slot.py's likeliest, prefill or decode has been edited: prompts are answered "
+          "one by one", file=sys.stderr, flush=True)
     return False
 
 
@@ -116,6 +114,8 @@ def collected(columns, count):
 
 def chosen(logits, rows, choose):
     """logits (rows, V) -> an id for each row."""
+    if choose is slot.likeliest:
+        return logits.argmax(-1).tolist()
     if callable(choose):
         return [choose(each) for each in logits]
     return [choose[row](each) for row, each in zip(rows, logits)]

@@ -106,9 +106,7 @@ class Study:
     def __init__(self, args, lm, tokenizer, problems, new):
         self.args, self.lm, self.tokenizer = args, lm, tokenizer
         self.problems, self.new = problems, new
-        self.together = False
-        if speed and not args.only:
-            self.together = speed.batch.stands_for(slot.prefill, slot.decode)
+        self.together = speed and not args.only and speed.batch.stands_for_slot()
         self.optimize = slot.optimize_delta
         if args.slot_fast:
             fast = speed.parallel_delta if args.tensor_parallel > 1 else speed.delta

@@ -220,7 +220,7 @@ TABLE = {
         ("batch: NaN among the logits is chosen from", "if not logits.sum().isfinite():", "if False:"),
     ],
     ("speed/batch.py", f"{GENERATE} -k edited_decode"): [
-        ("batch: an edited slot.decode is stood for", "if digest(prefill, decode) == TWIN:", "if True:"),
+        ("batch: an edited slot.decode is stood for", "if digest() == TWIN:", "if True:"),
         ("batch: slot.steer is not told how long the answer is", "W_delta, hidden, count)", "W_delta, hidden, 0)"),
         ("batch: slot.steer is told another's h", "W_delta, hidden, count)", "W_delta, hidden.flip(0), count)"),
     ],

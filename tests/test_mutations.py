@@ -9,7 +9,6 @@ import os
 import pytest
 
 import forks
-import slot
 from mutations import MUTATIONS, ROOT
 
 pytestmark = pytest.mark.mutation
@@ -28,10 +27,10 @@ def test_mutation_names_a_line(mutation):
 
 
 def test_the_batch_has_this_decode():
-    """If this fails, slot.prefill or slot.decode was edited, and several prompts are answered one by one. Bring those of
+    """If this fails, slot.prefill, likeliest or decode was edited, and several prompts are answered one by one. Bring those of
     speed/batch.py up to date, if the meaning has changed, and TWIN."""
     batch = pytest.importorskip("speed.batch", reason="there is no speed/")
-    now = batch.digest(slot.prefill, slot.decode)
+    now = batch.digest()
     assert now == batch.TWIN, f"slot.py has other ones than speed/batch.py knows, {now}: see this test's text"
 
 
