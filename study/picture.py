@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import slot
 from checks.files import whole_file
-from study.measure import steered, unigram
+from study.measure import Text, steered, unigram
 
 
 def common(a, b):
@@ -67,14 +67,10 @@ class Picture:
     def read(self, hidden, came, biases, answer=False):
         """hidden (n, d) before tokens (n,), biases (K, V) -> losses, three likeliest: [K][n]."""
         losses, tops = [[] for _ in biases], [[] for _ in biases]
-        rows, came = 1 + (1 << 24) // biases.shape[1], torch.tensor(came, device=biases.device)
-        counts = torch.arange(len(came)) * answer           # tokens of the answer before each
-        columns = hidden, counts, came[:, None]
-        for h, so_far, x in zip(*(column.split(rows) for column in columns)):
-            Wh = self.lm.lm_head(h).float()                                         # (rows, V)
+        for Wh, h, counts, x in Text(self.lm.lm_head, hidden, came, answer).logits():
             for k, bias in enumerate(biases):
-                log_p = steered(Wh, bias, h, so_far).log_softmax(-1)
-                losses[k] += (-log_p.gather(1, x)[:, 0]).tolist()
+                log_p = steered(Wh, bias, h, counts).log_softmax(-1)
+                losses[k] += (-log_p.gather(1, x[:, None])[:, 0]).tolist()
                 tops[k] += map(self.likeliest, *log_p.exp_().topk(3))   # log_p has become p
         return losses, tops
 

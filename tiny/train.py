@@ -27,6 +27,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 from checks.command import Parser, early_signals, number, run  # noqa: E402
+from checks.files import whole_file  # noqa: E402
 
 # Threads that wait must sleep: where another program wants the second core, spinning takes tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -153,12 +154,10 @@ def write_tokenizer(folder):
 def replace_file(path, write):
     """write(file) goes to a temporary file, which takes the name only when it is whole and on the
     disk."""
-    temporary = Path(f"{path}.part")
-    with open(temporary, "wb") as file:
+    with whole_file(path) as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_json(path, value):
