@@ -29,8 +29,7 @@ def find_in_hub(name):
                          "give the folder that holds config.json")
     name = str(name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
-        there = os.listdir(kept(".")) if os.path.isdir(kept(".")) else []
-        there = sorted(each for each in there if not each.startswith("."))      # convert's own
+        there = sorted(path.name for path in kept("").glob("[!.]*"))    # .convert-... are scratch
         names = f" (there: {show(', '.join(there))[1:-1]})" if there else ""
         raise FileNotFoundError(f"--model {show(Path(name), 160)}: no such folder, no name kept by "
                                 f"python -m convert{names}, and no hub id like Qwen/Qwen2.5-0.5B")

@@ -44,8 +44,8 @@ def parse_arguments(arguments=None):
     args = parser.parse_args(arguments)
     args.compare = args.compare or args.picture is not None
     if args.slot_steps is None:
-        slot = args.slot_lr or args.slot_fast or args.slot_file
-        args.slot_steps = 3 if slot and args.delta is None or args.slot_lr else 0
+        fits = args.delta is None and (args.slot_fast or args.slot_file)
+        args.slot_steps = 3 if args.slot_lr or fits else 0
         if args.compare and args.delta is None and not args.slot_lr:
             args.slot_steps, args.slot_lr = 5, 0.1
     args.slot_lr = args.slot_lr or 0.01
