@@ -17,7 +17,7 @@ from speed.delta import KEPT, optimize_delta_fast
 MEMORY = 1 << 30                    # what generate.py gives it
 POINTS = [(n, STEPS) for n in (16, 64, 200, 512, 1024, 2048)] + [(200, s) for s in (1, 2, 10, 20)]
 LONG = 8192                         # measured once, with its memory, in a process of its own
-ROWS = (1, 4, 8, 32, 160, 1024)     # of the products
+ROWS = (0, 1, 4, 8, 32, 160, 1024)  # of the products; 0: the gradient of one row, Wᵀ r
 
 
 def call_of(lm, n, steps):
@@ -58,23 +58,26 @@ def sweep(subject, rates, count, in_child, say):
 def products(subject, count, say):
     """Print ms of every way, and what `linear.use` chose -> a list of rows, for the JSON."""
     lm, found = subject.lm, []
-    ways = linear.ways_for(lm.lm_head.weight.dtype, 1)      # one row has one more
-    names = "".join(f"{way.__name__:>10}" for way in ways)
-    print(f"\nproducts of {subject.title}, ms\n{'':<32}{'rows':>6}{names}    chosen   best/chosen")
+    names = [way.__name__ for way in linear.ways_for(lm.lm_head.weight.dtype, 1)]  # one row has all
+    head = "".join(f"{name:>10}" for name in names)
+    print(f"\nproducts of {subject.title}, ms\n{'':<32}{'rows':>6}{head}    chosen   best/chosen")
     for name in ("lm_head", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"):
         module = lm.get_submodule(name)
         W, swapped = module.weight, getattr(module.forward, "args", None)
         for rows in ROWS:
             say(f"{subject.title}: {name}, {rows} rows")
-            x = torch.randn(rows, W.shape[1]).to(W.dtype)
-            spent = {way: [] for way in linear.ways_for(W.dtype, rows)}
+            factor, ways = W, linear.ways_for(W.dtype, rows)
+            if rows == 0:
+                factor, ways = W.T, linear.WITH_GRADIENT
+            x = torch.randn(max(1, rows), factor.shape[1]).to(W.dtype)
+            spent = {way: [] for way in ways}
             for _ in range(count):                  # in turns, so that a slow minute hits all
                 for way, times in spent.items():
-                    times.append(timed(lambda: way(x, W, None), 0.05))
+                    times.append(timed(lambda: way(x, factor, None), 0.05))
             ms = {way.__name__: 1e3 * median(times) for way, times in spent.items()}
             chosen = linear.way_of(swapped[1], rows).__name__ if swapped else "plain"
             share = min(ms.values()) / ms[chosen]
             found.append(dict(matrix=name, rows=rows, ms=ms, chosen=chosen, share=share))
-            cells = "".join(f"{value:>10.3f}" for value in ms.values()).ljust(10 * len(ways))
+            cells = "".join(f"{ms[way]:>10.3f}" if way in ms else " " * 10 for way in names)
             print(f"{name:<32}{rows:>6}{cells}{chosen:>10}{share:>10.2f}")
     return found

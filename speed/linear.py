@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 CLASSES = {1: 1, 2: 2, 4: 4, 32: 32, 1 << 62: 64}   # up to so many rows of x: timed with so many
 MARGIN = 0.9            # another way must take less than this share of torch's own time
-HOPELESS = 4            # a way that takes so many times the least is timed twice and no more
 SMALL = 1 << 20         # numbers in the largest matrix: below, any way will do
 PIECE = 1 << 23         # numbers of the head that are timed: more than a core's own cache holds
 
@@ -46,6 +45,7 @@ def float32(x, W, b):
     return out if b is None else out + b
 
 
+WITH_GRADIENT = (plain, vector)
 BITS_16 = (plain, float32)
 WAYS = {torch.float32: (plain, onednn), torch.bfloat16: BITS_16, torch.float16: BITS_16}
 
@@ -57,10 +57,8 @@ def ways_for(dtype, rows):
 def fastest(ways, x, W):
     """-> the way with the least time; ways[0] unless another is faster by the MARGIN."""
     least = dict.fromkeys(ways, math.inf)
-    for turn in range(3):                               # in turns; the first warms up
+    for _ in range(3):                                  # in turns; the first warms up
         for way in ways:
-            if turn == 2 and least[way] > HOPELESS * min(least.values()):
-                continue
             began = time.perf_counter()
             try:
                 way(x, W, None)
@@ -72,10 +70,11 @@ def fastest(ways, x, W):
 
 
 def choices(W, forced):
-    """-> {most rows: the way for up to so many}, a way for each of CLASSES."""
+    """-> {most rows: the way for up to so many}, a way for each of CLASSES; at 0 the way for a row
+    that needs a gradient, as in the loop of slot.py: Wᵀ r costs more than the product itself."""
+    cases = {most: (ways_for(W.dtype, rows), rows, W) for most, rows in CLASSES.items()}
     found = {}
-    for most, rows in CLASSES.items():
-        ways = ways_for(W.dtype, rows)
+    for most, (ways, rows, W) in ({0: (WITH_GRADIENT, 1, W.T)} | cases).items():
         ways = [way for way in ways if way.__name__ == forced] or ways
         found[most] = fastest(ways, torch.randn(rows, W.shape[1]).to(W.dtype), W)
     return found
@@ -110,8 +109,10 @@ def way_of(table, rows):
 def product(module, table, x):
     """What stands in the place of nn.Linear.forward: x (..., inputs) -> (..., outputs)."""
     W, b = module.weight, module.bias
-    trained = x.requires_grad or W.requires_grad or (b is not None and b.requires_grad)
-    if x.numel() == 0 or torch.is_grad_enabled() and trained:
-        return F.linear(x, W, b)
     rows = x.reshape(-1, x.shape[-1])
-    return way_of(table, len(rows))(rows, W, b).view(*x.shape[:-1], len(W))
+    trained = x.requires_grad or W.requires_grad or (b is not None and b.requires_grad)
+    trained = trained and torch.is_grad_enabled()
+    if len(rows) == 0 or trained and len(rows) > 1:
+        return F.linear(x, W, b)
+    way = way_of(table, 0 if trained else len(rows))
+    return way(rows, W, b).view(*x.shape[:-1], len(W))

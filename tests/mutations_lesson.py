@@ -187,7 +187,7 @@ TABLE = {
          "y = torch.mv(W, x[0])[None]\n    return y"),
         ("the head takes the layers' choice", "of_head if module is lm.lm_head else of_layers", "of_layers"),
         ("many rows take the choice of few", "if rows <= most)", "if rows <= 4 * most)"),
-        ("a hopeless way is timed again and again", "> HOPELESS * min(least.values())", "> 1e9 * min(least.values())"),
+        ("a row that needs a gradient takes the way of one that does not", "0 if trained else len(rows)", "len(rows)"),
         ("no gradient of a bias alone", "(b is not None and b.requires_grad)", "False"),
         ("the slowest way is taken", "best = min(least, key=least.get)",
          "best = max(least, key=least.get)"),

@@ -50,7 +50,7 @@ def test_table_and_json(tmp_path):
 def test_closer_looks(tmp_path):
     out, _ = run("--model", str(ROOT / "tiny"), "--rounds", "1", "--dtype", "float32", "--sweep")
     table, = json.loads(out.splitlines()[-1])["tables"]
-    assert {row["rows"] for row in table["products"]} == {1, 4, 8, 32, 160, 1024}
+    assert {row["rows"] for row in table["products"]} == {0, 1, 4, 8, 32, 160, 1024}
     assert all({"plain", row["chosen"]} <= set(row["ms"]) and 0 < row["share"] <= 1 for row in table["products"])
     *points, long = table["slot"]
     assert [point["n"] for point in points if point["steps"] == 5] == [16, 64, 200, 512, 1024, 2048, 8192]

@@ -29,9 +29,10 @@ def no_choice_from_outside(monkeypatch):
 
 
 def swap(layer, way):
-    """What `use` does to a layer: one row by `way`, more as well where it can."""
+    """What `use` does to a layer: one row by `way`, more as well, and a gradient, where it can."""
     more = linear.plain if way is linear.vector else way
-    layer.forward = functools.partial(linear.product, layer, {1: way, 1 << 62: more})
+    trained = way if way in linear.WITH_GRADIENT else linear.plain
+    layer.forward = functools.partial(linear.product, layer, {0: trained, 1: way, 1 << 62: more})
     return layer
 
 
@@ -129,7 +130,7 @@ def used(name, dtype, way, monkeypatch):
 def test_models_in_float32(name, way, monkeypatch):
     """The golden logits and greedy tokens, whichever way; as the reference library computed them."""
     lm, said, golden = used(name, "float32", way, monkeypatch)
-    assert said == ("plain, vector" if way == "vector" else way)
+    assert said == ", ".join(sorted({way, "plain"}))
     off = difference(lm(golden["prompt"]), golden["logits"])
     assert off < 2e-4, f"{name}: logits differ by {off:.2e}"
     for tokens, new in zip(golden["prompt"].tolist(), golden["greedy"].tolist()):
@@ -141,7 +142,7 @@ def test_models_in_float32(name, way, monkeypatch):
 @torch.no_grad()
 def test_models_in_16_bits(name, way, monkeypatch):
     lm, said, golden = used(name, "auto", way, monkeypatch)
-    assert said == ("plain, vector" if way == "vector" else way)
+    assert said == ", ".join(sorted({way, "plain"}))
     allowed = {torch.bfloat16: 0.03, torch.float16: 0.005}[HALF[name]]
     for rows in (1, 2):
         logits = lm(golden["prompt"][:rows])
@@ -182,20 +183,23 @@ def test_the_stopwatch_decides(dtype, monkeypatch):
     asked = []
 
     def fastest(ways, x, W):
-        asked.append((len(x), W.shape, ways[len(asked) % 3 % len(ways)]))
+        asked.append((len(x), W.shape, ways[len(asked) % 5 % len(ways)]))
         return asked[-1][-1]
 
     monkeypatch.setattr(linear, "fastest", fastest)
     said = linear.use(lm)
     matrix, head = lm.model.layers[0].mlp.gate_proj, lm.lm_head
     assert [(rows, shape) for rows, shape, _ in asked] == [
-        (rows, W.shape) for W in (matrix.weight, head.weight) for rows in linear.CLASSES.values()]
+        case for W in (matrix.weight, head.weight)
+        for case in [(1, W.T.shape), *((rows, W.shape) for rows in linear.CLASSES.values())]]
     assert said == ", ".join(sorted({way.__name__ for *_, way in asked}))
-    of_layers, of_head = asked[:len(linear.CLASSES)], asked[len(linear.CLASSES):]
+    of_layers, of_head = asked[:len(asked) // 2], asked[len(asked) // 2:]
     assert [way for *_, way in of_layers] != [way for *_, way in of_head]
     o_proj = lm.model.layers[-1].self_attn.o_proj
     for module, choices in ((matrix, of_layers), (o_proj, of_layers), (head, of_head)):
-        assert [way.__name__ for way in module.forward.args[1].values()] == [way.__name__ for *_, way in choices]
+        table = module.forward.args[1]
+        assert [way.__name__ for way in table.values()] == [way.__name__ for *_, way in choices]
+        assert table[0] in linear.WITH_GRADIENT
     with torch.no_grad():
         assert relative_rms(lm(tokens), before) < 10 * CLOSE[dtype]
 
@@ -207,16 +211,15 @@ def test_classes_of_rows(rows, way):
 
 
 def test_fastest(monkeypatch):
-    """The least time wins, but only by the margin; what this torch does not have never does; what takes
-    four times as long is timed twice; the first time, which warms up, decides nothing."""
-    now, calls = [0.0], []
+    """The least time wins, but only by the margin; what this torch does not have never does; the first
+    time, which warms up, decides nothing."""
+    now = [0.0]
     monkeypatch.setattr(linear.time, "perf_counter", lambda: now[0])
 
     def way(name, *times):
         times = list(times)
 
         def call(x, W, b):
-            calls.append(name)
             if not times:
                 raise RuntimeError("no such operation")
             now[0] += times[0]
@@ -230,7 +233,6 @@ def test_fastest(monkeypatch):
     own, nearly, warms_up = way("own", 10), way("nearly", 9.5), way("warms up", 20, 30, 5, 30)
     slow, missing = way("slow", 50), way("missing")
     assert fastest(own, nearly, missing, slow) == "own"
-    assert calls.count("own") == 3 and calls.count("slow") == 2
     assert fastest(own, warms_up, missing) == "warms up"
     assert fastest(own, missing) == fastest(missing, own) == "own"
     assert fastest(way("cold", 99, 9, 9, 9), own) == "cold"
