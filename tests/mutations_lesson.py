@@ -188,6 +188,7 @@ TABLE = {
         ("the head takes the layers' choice", "of_head if module is lm.lm_head else of_layers", "of_layers"),
         ("many rows take the choice of few", "if rows <= most)", "if rows <= 4 * most)"),
         ("a row that needs a gradient takes the way of one that does not", "0 if trained else len(rows)", "len(rows)"),
+        ("the product is timed where its gradient should be", "(WITH_GRADIENT, 1, W.T)", "(WITH_GRADIENT, 1, W)"),
         ("no gradient of a bias alone", "(b is not None and b.requires_grad)", "False"),
         ("the slowest way is taken", "best = min(least, key=least.get)",
          "best = max(least, key=least.get)"),
