@@ -137,7 +137,7 @@ def say_fit(args, lm, tokenizer, hidden, delta, losses, seconds):
         say(f"          {loss}  " + " → ".join(f"{x:.4f}" for x in losses.tolist()))
     before, after = probabilities(lm, hidden, delta)
     order = (after - before).argsort(descending=True).tolist()
-    for what, ids in (("more", order[:500]), ("less", order[:-500:-1])):
+    for what, ids in (("more", order[:500]), ("less", order[::-1][:500])):
         words = [(id, tokenizer.decode([id])) for id in ids]
         words = [(id, word) for id, word in words if word.isprintable() and "\ufffd" not in word]
         say(f"          {what} likely  " + "  ".join(
@@ -145,10 +145,10 @@ def say_fit(args, lm, tokenizer, hidden, delta, losses, seconds):
 
 
 @torch.no_grad()
-def probabilities(lm, hidden, delta, most=32):
-    """Mean probability of every token over (fewer than 64 of) the prompt's positions, before δ and
-    with it: (V,) each. Probabilities, for softmax ignores what W δ adds to all tokens alike."""
-    some = hidden[0, ::max(1, hidden.shape[1] // most)]                 # (n, d)
+def probabilities(lm, hidden, delta):
+    """Mean probability of every token over the prompt's positions (of a long one 32 to 63), before
+    δ and with it: (V,) each. Probabilities, for softmax ignores what W δ adds to all alike."""
+    some = hidden[0, ::max(1, hidden.shape[1] // 32)]                   # (n, d)
     logits = lm.lm_head(some).float()                                   # (n, V)
     W_delta = lm.lm_head(delta[0].to(hidden.dtype)).float()             # (1, V)
     steered = steer(logits, W_delta, some, 0)
@@ -250,7 +250,7 @@ def main(args):
     fit = optimizer(args, lm)
     draw = partial(sampler, args.temperature, args.top_k, args.top_p)
     draws = [partial(draw, args.seed + place) for place in range(len(ids))]
-    if args.picture is not None:                # it looks on from between
+    if args.picture is not None:                # it notes what fit and draw return
         from study.picture import Picture
         empty, = prompt_ids(args, tokenizer, [("\0", *prompts[0][1:])])
         picture = Picture(args, lm, tokenizer, empty, fit, draws[0])

@@ -125,7 +125,7 @@ def load_model(folder, device="cpu", dtype="auto", part=None):
     """A folder, or a name for `find_model` -> CausalLM, frozen, in evaluation mode.
 
     dtype: "float32", "bfloat16", "float16", or "auto": what config.json names, else what the file
-    holds. Built on the `meta` device, without memory, it takes the file's tensors as parameters.
+    holds (of others, float32). Built on the `meta` device, it takes the file's tensors as they are.
     part: a function of a weight's name and the weight -> what is kept of it; see speed/parallel.py.
     Strict: every weight, no other, in its shape, or one line of ValueError.
     """
@@ -144,7 +144,8 @@ def load_model(folder, device="cpu", dtype="auto", part=None):
     lm.load_state_dict(tensors, strict=True, assign=True)
     lm.tie_weights()                            # assignment has made two parameters of the one
 
-    dtype = (config.dtype or embedding.dtype) if dtype == "auto" else dtype
+    if dtype == "auto":
+        dtype = config.dtype or embedding.dtype
     dtype = DTYPES.get(str(dtype).removeprefix("torch."), torch.float32)
     del tensors, embedding                      # a file stays mapped while a weight is a view of it
     for name, parameter in lm.named_parameters():   # one at a time: one copy on its way, no more

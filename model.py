@@ -114,7 +114,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, mask, cache):
+    def forward(self, x, cos, sin, visible, cache):
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.D)).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.D)).transpose(1, 2)  # (B, K, T, D)
@@ -123,14 +123,14 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)                               # (B, K, S, D)
         if T == 1:
-            # H/K query heads share a key/value head. A single token has no order among its queries:
-            # they can stand where torch expects a sequence, and the keys are read once.
+            # H/K query heads share a key/value head. With one new token there is no causal order to
+            # keep, so they take the place of the sequence: each key is read once for all of them.
             q = q.reshape(B, k.shape[1], -1, self.D)                            # (B, K, H/K, D)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
             out = out.reshape(B, 1, -1)                                         # (B, 1, H D)
         else:
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+                q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=True)
             out = out.transpose(1, 2).reshape(B, T, -1)                         # (B, T, H D)
         return self.o_proj(out)                                                 # (B, T, d)
 
@@ -155,15 +155,15 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, visible, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, visible, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        table = torch.empty(config.vocab_size, config.hidden_size)  # not random: that takes 1 s
+        table = torch.empty(config.vocab_size, config.hidden_size)  # random: 1 s of imports
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in layers)

@@ -15,7 +15,8 @@ that W(h + δ) predicts the prompt itself better, and then helps with every toke
     H        hidden     output of `model.norm`               (1, T, d)
     W_LM     lm_head    `lm_head.weight` (tied: embeddings)  (V, d)
     δ        delta                                           (1, 1, d) float32
-    η        lr         and `steps`, T in the paper: 3 of 0.01 in its text, 5 of 0.1 in its code
+    η        lr         0.01 in the paper's text, 0.1 in its code
+    T        steps      3 in its text, 5 in its code; below, T is the prompt's length
 
 What differs from the authors' public code: δ belongs to one prompt, never to a batch and its
 padding; only δ receives a gradient, W none; W h is computed once, not in every step; δ and the loss

@@ -17,7 +17,7 @@ from speed.delta import KEPT, optimize_delta_fast
 MEMORY = 1 << 30                    # what generate.py gives it
 POINTS = [(n, STEPS) for n in (16, 64, 200, 512, 1024, 2048)] + [(200, s) for s in (1, 2, 10, 20)]
 LONG = 8192                         # measured once, with its memory, in a process of its own
-ROWS = (0, 1, 4, 8, 32, 160, 1024)  # of the products; 0: the gradient of one row, Wᵀ r
+ROWS = (linear.TRAINED, 1, 4, 8, 32, 160, 1024)     # of the products
 
 
 def call_of(lm, n, steps):
@@ -66,11 +66,9 @@ def products(subject, count, say):
         W, swapped = module.weight, getattr(module.forward, "args", None)
         for rows in ROWS:
             say(f"{subject.title}: {name}, {rows} rows")
-            factor, ways = W, linear.ways_for(W.dtype, rows)
-            if rows == 0:
-                factor, ways = W.T, linear.WITH_GRADIENT
+            factor = W.T if rows == linear.TRAINED else W       # as `linear.choices` times it
             x = torch.randn(max(1, rows), factor.shape[1]).to(W.dtype)
-            spent = {way: [] for way in ways}
+            spent = {way: [] for way in linear.ways_for(W.dtype, rows)}
             for _ in range(count):                  # in turns, so that a slow minute hits all
                 for way, times in spent.items():
                     times.append(timed(lambda: way(x, factor, None), 0.05))

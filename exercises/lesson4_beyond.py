@@ -556,9 +556,9 @@ def vocabulary_bias_reward(vocabulary_bias):
 
 
 def vocabulary_bias_trial(vocabulary_bias):
-    def probabilities(lm, hidden, delta, most=32):
+    def probabilities(lm, hidden, delta):
         """generate.py's mean probabilities before and after δ, from the student's change."""
-        z, W = lm.lm_head(hidden[0, ::max(1, hidden.shape[1] // most)]), lm.lm_head.weight
+        z, W = lm.lm_head(hidden[0, ::max(1, hidden.shape[1] // 32)]), lm.lm_head.weight
         change, _ = vocabulary_bias(z, W, delta[0, 0], delta[0, 0])
         p = z.softmax(-1)
         return p.mean(0), (p * change.exp()).mean(0)

@@ -8,8 +8,9 @@
     prompt 1    a  b  c  d | x  y  z        the cache: shorter prompts stand to the right, so that
     prompt 2    .  .  e  f | u  v           all write the same column next; `mask` hides the dots
 
-`prefill`, `decode` and what they do for `likeliest` are slot.py's for many prompts. Where one of
-those has been edited, generate.py and the study ask it, prompt by prompt: what you read runs.
+`prefill`, `decode` and the greedy choice in `chosen` are slot.py's, written anew for many prompts.
+Where slot.py's own `prefill`, `decode` or `likeliest` has been edited, generate.py and the study
+call that, one prompt at a time: what you read runs.
 
 Letters: B prompts, T tokens of one of them, d width, V vocabulary.
 """
@@ -23,7 +24,7 @@ import torch
 import slot
 from model import KVCache
 
-TWIN = "8fe3a492322d56a6"     # `digest` of slot.py as it is written anew here
+TWIN = "8fe3a492322d56a6"     # `digest` of those three when this was written
 
 
 def digest():

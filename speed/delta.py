@@ -35,8 +35,8 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30):
     V, device = len(W), hidden.device
     n = hidden.shape[1] - 1
     h, x = hidden[0, :-1], torch.tensor(list(tokens[1:]), dtype=torch.int64, device=device)
-    rows = max(1, int(min(memory // (32 * V), n)))      # so many positions at a time
-    fit = int(KEPT * memory) // (4 * V)                 # so many of E are kept
+    rows = max(1, int(min(memory // (32 * V), n)))      # positions at a time, in eight (rows, V)
+    fit = int(KEPT * memory) // (4 * V)                 # positions whose E is kept, float32
     blocks = []
     for begin in range(0, n, rows):
         part = h[begin:begin + rows], x[begin:begin + rows]
@@ -75,7 +75,8 @@ def loss_and_difference(lm_head, blocks, b, n):
     if wide:
         shift, c = torch.zeros_like(b), torch.ones_like(b)
     else:
-        shift, c = b - b.max(), (b - b.max()).exp()
+        shift = b - b.max()
+        c = shift.exp()
     total, r, truth = torch.zeros((), device=b.device), torch.zeros_like(b), torch.zeros_like(b)
     for h, x, kept in blocks:
         if wide:

@@ -3,7 +3,7 @@
 No way is the best everywhere: torch's own product can take twice as long as another, or half, by
 processor, dtype, matrix and number of rows. So nothing here asks what the processor is called:
 `use` times the ways on the model's own matrices, once, and takes the fastest. SLOT_PRODUCTS=plain
-in the environment leaves torch's own; SLOT_PRODUCTS=NAME takes that way wherever it can be.
+in the environment leaves torch's own; SLOT_PRODUCTS=NAME takes that way wherever there is one.
 """
 import functools
 import math
@@ -14,7 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CLASSES = {1: 1, 2: 2, 4: 4, 32: 32, 1 << 62: 64}   # up to so many rows of x: timed with so many
+TRAINED = 0             # a class of its own: one row that needs a gradient, as δ in slot.py's loop
+# up to so many rows of x: timed with so many
+CLASSES = {TRAINED: 1, 1: 1, 2: 2, 4: 4, 32: 32, 1 << 62: 64}
 MARGIN = 0.9            # another way must take less than this share of torch's own time
 SMALL = 1 << 20         # numbers in the largest matrix: below, any way will do
 PIECE = 1 << 23         # numbers of the head that are timed: more than a core's own cache holds
@@ -45,12 +47,13 @@ def float32(x, W, b):
     return out if b is None else out + b
 
 
-WITH_GRADIENT = (plain, vector)
 BITS_16 = (plain, float32)
 WAYS = {torch.float32: (plain, onednn), torch.bfloat16: BITS_16, torch.float16: BITS_16}
 
 
 def ways_for(dtype, rows):
+    if rows == TRAINED:
+        return plain, vector                            # autograd has no gradient of the others
     return WAYS.get(dtype, (plain,)) + (vector,) * (rows == 1)
 
 
@@ -70,25 +73,26 @@ def fastest(ways, x, W):
 
 
 def choices(W, forced):
-    """-> {most rows: the way for up to so many}, a way for each of CLASSES; at 0 the way for a row
-    that needs a gradient, as in the loop of slot.py: Wᵀ r costs more than the product itself."""
-    cases = {most: (ways_for(W.dtype, rows), rows, W) for most, rows in CLASSES.items()}
+    """-> {most rows: the way for up to so many}, a way for each of CLASSES. Of a row that needs a
+    gradient this is timed, Wᵀ r for a row r: emulated bfloat16 can make it 20 times as slow."""
     found = {}
-    for most, (ways, rows, W) in ({0: (WITH_GRADIENT, 1, W.T)} | cases).items():
+    for most, rows in CLASSES.items():
+        factor = W.T if most == TRAINED else W
+        ways = ways_for(W.dtype, min(most, rows))
         ways = [way for way in ways if way.__name__ == forced] or ways
-        found[most] = fastest(ways, torch.randn(rows, W.shape[1]).to(W.dtype), W)
+        found[most] = fastest(ways, torch.randn(rows, factor.shape[1]).to(W.dtype), factor)
     return found
 
 
 @torch.no_grad()
 def use(lm):
     """Swap the products of lm's nn.Linear for this machine's fastest; same values up to rounding.
-    -> their names, for the statistics line. Takes 0.2 to 0.4 s for a model of 0.5 B
-    parameters, nothing for a small one or on a GPU."""
+    -> their names, for the statistics line. Takes 0.2 to 0.4 s for a model of 0.5 B parameters, up
+    to 0.8 where 16 bits are emulated, nothing for a small one or on a GPU."""
     head, matrix = lm.lm_head.weight, lm.model.layers[0].mlp.gate_proj.weight
     forced = os.environ.get("SLOT_PRODUCTS")
     if head.is_cpu and head.numel() < SMALL:
-        torch.set_num_threads(1)                        # done before a second thread has begun
+        torch.set_num_threads(1)                        # a second thread would come too late
     if not head.is_cpu or forced == "plain" or (head.numel() < SMALL and not forced):
         return "plain"
 
@@ -114,5 +118,5 @@ def product(module, table, x):
     trained = trained and torch.is_grad_enabled()
     if len(rows) == 0 or trained and len(rows) > 1:
         return F.linear(x, W, b)
-    way = way_of(table, 0 if trained else len(rows))
+    way = way_of(table, TRAINED if trained else len(rows))
     return way(rows, W, b).view(*x.shape[:-1], len(W))

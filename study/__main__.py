@@ -15,11 +15,11 @@ if not __package__:                     # python study, without -m
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from checks.command import Parser, check_speed, early_signals, number, run
+from checks.options import TINY
 from checks.slot_file import slot_file, use_slot_file
 from study.settings import CONTROLS
 from study.tasks import TASKS
 
-TINY = Path(__file__).resolve().parent.parent / "tiny"
 QUICK = [(3, 0.01), (5, 0.1)]               # steps and rate of the paper's text, of its code
 STEPS, RATE = number(int, 0, 10_000), number(float, 0, above=True)
 

@@ -138,7 +138,7 @@ def what_decides(study, folder):
     asked = hashlib.sha256(json.dumps(study.problems).encode()).hexdigest()[:16]
     return {name: getattr(args, name) for name in options} | dict(
         max_new_tokens=study.new, dtype=dtype_of(study.lm), problems=asked,
-        model=model_digests(folder),
+        model=model_digests(folder), products=os.environ.get("SLOT_PRODUCTS"),
         source=source_digests(args.slot_fast, args.slot_file, parallel=bool(ranks)),
         libraries={name: metadata.version(name) for name in libraries}) | ranks
 

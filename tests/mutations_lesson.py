@@ -47,9 +47,9 @@ TABLE = {
          "(1 / (x32.pow(2).mean(-1, keepdim=True).sqrt() + self.eps))"),
         ("norm: weight left out", "return self.weight * x32.to(x.dtype)", "return x32.to(x.dtype)"),
         ("the two norms of a layer swapped",
-         "self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)\n"
+         "self.self_attn(self.input_layernorm(x), cos, sin, visible, cache)\n"
          "        return x + self.mlp(self.post_attention_layernorm(x))",
-         "self.self_attn(self.post_attention_layernorm(x), cos, sin, mask, cache)\n"
+         "self.self_attn(self.post_attention_layernorm(x), cos, sin, visible, cache)\n"
          "        return x + self.mlp(self.input_layernorm(x))"),
         ("final norm left out", "return self.norm(x)", "return x"),
         ("q bias dropped", "self.q_proj(x).view", "F.linear(x, self.q_proj.weight).view"),
@@ -64,15 +64,15 @@ TABLE = {
          "q = self.q_norm(rotate(self.q_proj(x).view(B, T, -1, self.D).transpose(1, 2), cos, sin))\n"
          "        k = rotate(k, cos, sin)"),
         ("key/value heads repeated in the wrong order (prefill)",
-         "q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)",
+         "q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=True)",
          "q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v)),\n"
-         "                attn_mask=mask, is_causal=mask is None)"),
+         "                attn_mask=visible, is_causal=visible is None)"),
         ("key/value heads repeated in the wrong order (decoding)",
          "q = q.reshape(B, k.shape[1], -1, self.D)   ",
          "q = q.reshape(B, -1, k.shape[1], self.D).transpose(1, 2)   "),
         ("attention scaled by hidden_size / heads instead of head_dim",
-         "attn_mask=mask, is_causal=mask is None, enable_gqa=True)",
-         "attn_mask=mask, is_causal=mask is None, enable_gqa=True,\n"
+         "attn_mask=visible, is_causal=visible is None, enable_gqa=True)",
+         "attn_mask=visible, is_causal=visible is None, enable_gqa=True,\n"
          "                scale=(x.shape[-1] / q.shape[1]) ** -0.5)"),
         ("gate and up swapped", "F.silu(self.gate_proj(x)) * self.up_proj(x)",
          "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
@@ -153,7 +153,7 @@ TABLE = {
          "[delta], lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=1e-8)",
          "[delta], lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-8)"),
         ("fast: mean over positions forgotten", "(c * r - truth) / max(n, 1)", "(c * r - truth)"),
-        ("fast: loss without max b", "shift, c = b - b.max(), (", "shift, c = b, ("),
+        ("fast: loss without max b", "c = shift.exp()", "c = b.exp()"),
         ("fast: the right token counted among the others", ".scatter_(1, x[:, None], 0), log_a", ", log_a"),
         ("fast: truth forgotten", "(c * r - truth)", "(c * r)"),
         ("fast: a prompt of one token", "/ max(n, 1)", "/ n"),
@@ -187,8 +187,8 @@ TABLE = {
          "y = torch.mv(W, x[0])[None]\n    return y"),
         ("the head takes the layers' choice", "of_head if module is lm.lm_head else of_layers", "of_layers"),
         ("many rows take the choice of few", "if rows <= most)", "if rows <= 4 * most)"),
-        ("a row that needs a gradient takes the way of one that does not", "0 if trained else len(rows)", "len(rows)"),
-        ("the product is timed where its gradient should be", "(WITH_GRADIENT, 1, W.T)", "(WITH_GRADIENT, 1, W)"),
+        ("a row that needs a gradient takes the way of one that does not", "TRAINED if trained else len(rows)", "len(rows)"),
+        ("the product is timed where its gradient should be", "W.T if most == TRAINED else W", "W"),
         ("no gradient of a bias alone", "(b is not None and b.requires_grad)", "False"),
         ("the slowest way is taken", "best = min(least, key=least.get)",
          "best = max(least, key=least.get)"),

@@ -31,8 +31,9 @@ def no_choice_from_outside(monkeypatch):
 def swap(layer, way):
     """What `use` does to a layer: one row by `way`, more as well, and a gradient, where it can."""
     more = linear.plain if way is linear.vector else way
-    trained = way if way in linear.WITH_GRADIENT else linear.plain
-    layer.forward = functools.partial(linear.product, layer, {0: trained, 1: way, 1 << 62: more})
+    trained = way if way in linear.ways_for(layer.weight.dtype, linear.TRAINED) else linear.plain
+    table = {linear.TRAINED: trained, 1: way, 1 << 62: more}
+    layer.forward = functools.partial(linear.product, layer, table)
     return layer
 
 
@@ -190,8 +191,8 @@ def test_the_stopwatch_decides(dtype, monkeypatch):
     said = linear.use(lm)
     matrix, head = lm.model.layers[0].mlp.gate_proj, lm.lm_head
     assert [(rows, shape) for rows, shape, _ in asked] == [
-        case for W in (matrix.weight, head.weight)
-        for case in [(1, W.T.shape), *((rows, W.shape) for rows in linear.CLASSES.values())]]
+        (rows, W.shape if most else W.T.shape)
+        for W in (matrix.weight, head.weight) for most, rows in linear.CLASSES.items()]
     assert said == ", ".join(sorted({way.__name__ for *_, way in asked}))
     of_layers, of_head = asked[:len(asked) // 2], asked[len(asked) // 2:]
     assert [way for *_, way in of_layers] != [way for *_, way in of_head]
@@ -199,15 +200,15 @@ def test_the_stopwatch_decides(dtype, monkeypatch):
     for module, choices in ((matrix, of_layers), (o_proj, of_layers), (head, of_head)):
         table = module.forward.args[1]
         assert [way.__name__ for way in table.values()] == [way.__name__ for *_, way in choices]
-        assert table[0] in linear.WITH_GRADIENT
+        assert table[linear.TRAINED] in (linear.plain, linear.vector)
     with torch.no_grad():
         assert relative_rms(lm(tokens), before) < 10 * CLOSE[dtype]
 
 
 @pytest.mark.parametrize("rows, way", [
-    (1, "one"), (2, "two"), (3, "few"), (4, "few"), (5, "some"), (32, "some"), (33, "more"), (9999, "more")])
+    (linear.TRAINED, "trained"), (1, "one"), (2, "two"), (3, "few"), (4, "few"), (5, "some"), (32, "some"), (33, "more"), (9999, "more")])
 def test_classes_of_rows(rows, way):
-    assert linear.way_of(dict(zip(linear.CLASSES, ["one", "two", "few", "some", "more"])), rows) == way
+    assert linear.way_of(dict(zip(linear.CLASSES, ["trained", "one", "two", "few", "some", "more"])), rows) == way
 
 
 def test_fastest(monkeypatch):

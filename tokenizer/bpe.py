@@ -30,7 +30,7 @@ PUBLISHED = {
 OTHERS = [*range(33), *range(127, 161), 173]
 LETTER_OF = {byte: 256 + place for place, byte in enumerate(OTHERS)}        # space: "Ġ"
 BYTE_OF = {letter: byte for byte, letter in LETTER_OF.items()}
-BYTE_OF |= dict.fromkeys(OTHERS, 0xFFFF)                                    # these are no letters
+BYTE_OF |= dict.fromkeys(OTHERS, 0xFFFF)                                    # no byte: fails below
 
 
 def from_letters(token):
