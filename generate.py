@@ -134,7 +134,7 @@ def say_fit(args, lm, tokenizer, hidden, delta, losses, seconds):
     else:
         say(f"slot      {args.slot_steps} steps, lr {args.slot_lr:g}, {way}, {seconds:.3f} s")
         loss = f"loss as {args.slot_file} has it" if args.slot_file else "loss on the prompt"
-        say(f"          {loss}  " + " → ".join(f"{x:.4f}" for x in losses.tolist()))
+        say(f"          {loss}  " + " → ".join(f"{x:.4f}" for x in losses))
     before, after = probabilities(lm, hidden, delta)
     order = (after - before).argsort(descending=True).tolist()
     for what, ids in (("more", order[:500]), ("less", order[::-1][:500])):
@@ -150,7 +150,7 @@ def probabilities(lm, hidden, delta):
     δ and with it: (V,) each. Probabilities, for softmax ignores what W δ adds to all alike."""
     some = hidden[0, ::max(1, hidden.shape[1] // 32)]                   # (n, d)
     logits = lm.lm_head(some).float()                                   # (n, V)
-    W_delta = lm.lm_head(delta[0].to(hidden.dtype)).float()             # (1, V)
+    W_delta = lm.lm_head(delta.reshape(1, -1).to(hidden.dtype)).float()     # (1, V)
     steered = steer(logits, W_delta, some, 0)
     return logits.softmax(-1).mean(0).cpu(), steered.softmax(-1).mean(0).cpu()
 
@@ -179,13 +179,13 @@ def answer_one(args, lm, tokenizer, tokens, new, fit, draw):
     """Prefill, fit, decode; with --compare the plain answer first, from the same prefill."""
     began = time.perf_counter()
     hidden, cache = prefill(lm, tokens, new)
-    spent = time.perf_counter() - began
+    spent, end = time.perf_counter() - began, cache.pos
     say(f"prompt    {len(tokens)} tokens, prefill {spent:.3f} s")
     decoded = partial(decode, lm, hidden, cache, new, eos_ids=tokenizer.eos_ids)
     if args.compare:
         print("--- plain ---", flush=True)
         plain = answer(tokenizer, decoded(choose=draw()), new, spent)
-        cache.pos = len(tokens)                 # back to the end of the prompt
+        cache.pos = end                         # back to the end of the prompt
     delta = None
     if args.slot_steps or args.delta is not None:
         began = time.perf_counter()
@@ -194,7 +194,7 @@ def answer_one(args, lm, tokenizer, tokens, new, fit, draw):
         spent += seconds
         say_fit(args, lm, tokenizer, hidden, delta, losses, seconds)
     if args.save_delta:
-        write_safetensors(args.save_delta, {"delta": delta.cpu(), "head": fingerprint(lm)})
+        write_safetensors(args.save_delta, {"delta": delta.float().cpu(), "head": fingerprint(lm)})
     if args.compare:
         print("--- with δ ---", flush=True)
     steered = answer(tokenizer, decoded(delta, draw()), new, spent)
@@ -248,6 +248,7 @@ def main(args):
         if not args.slot_fast:
             check_memory(max(map(len, ids)), lm.config.vocab_size, args.device)
     fit = optimizer(args, lm)
+    torch.manual_seed(args.seed)                # for a --slot-file that draws
     draw = partial(sampler, args.temperature, args.top_k, args.top_p)
     draws = [partial(draw, args.seed + place) for place in range(len(ids))]
     if args.picture is not None:                # it notes what fit and draw return

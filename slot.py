@@ -87,7 +87,8 @@ def likeliest(logits):
 
 def steer(logits, W_delta, hidden, count):
     """Equation (4), where δ enters the answer: W h and W δ, both (..., V) float32 -> W(h + δ).
-    hidden (..., d): h. count: the answer's tokens so far. Both are for ideas of your own."""
+    hidden (..., d): h. count: the answer's tokens so far. Both are for ideas of your own; many
+    positions may stand before the last dimension, so decide with torch.where, not with `if`."""
     return logits + W_delta
 
 
@@ -119,7 +120,8 @@ def decode(lm, hidden, cache, max_new_tokens,
 
 def generate(lm, tokens, max_new_tokens,
              steps=0, lr=0.01, choose=likeliest, eos_ids=()):
-    """Answer a prompt, a list of ids, plainly or with `steps` of SLOT: yields ids as they come."""
+    """Answer a prompt, a list of ids, plainly or with `steps` of SLOT: yields ids as they come.
+    For use from Python: the commands call its three parts themselves, to show what happens."""
     hidden, cache = prefill(lm, tokens, max_new_tokens)
     delta = None
     if steps > 0:

@@ -154,7 +154,7 @@ def on_purpose(error):
     ours = ROOT in Path(last.filename).resolve().parents and "site-packages" not in last.filename
     slot = getattr(sys.modules.get("slot"), "__file__", None)
     said = (ours or last.filename == slot) and (last.line or "raise").startswith("raise")
-    return said or type(error) is not ValueError
+    return said or not isinstance(error, ValueError)
 
 
 def reason_of(error):
@@ -163,7 +163,7 @@ def reason_of(error):
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or 'standard output or a file'}: {error.strerror}"
     # torch reports a lack of memory as a RuntimeError, among others.
-    lack = re.search("memory|alloc", text, re.IGNORECASE)
+    lack = re.search("out of memory|not enough memory|alloc", text, re.IGNORECASE)
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and lack:
         wanted = re.search(r"allocate (\d+) bytes", text)
         if wanted:

@@ -5,7 +5,7 @@ from checks.files import show
 
 
 def fingerprint(lm):
-    """Some rows of the head, rounded to bfloat16 so that the dtype of loading does not matter."""
+    """Some rows of the head, rounded to bfloat16, so that a model in float32 is the same model."""
     rows = lm.lm_head.weight[::max(1, lm.config.vocab_size // 16)]
     return rows.to(torch.bfloat16).cpu().contiguous()
 
@@ -18,4 +18,5 @@ def check_delta(path, kept, lm):
     same = kept["head"].dtype == head.dtype and torch.equal(kept["head"], head)
     right = kept["delta"].shape == (1, 1, lm.config.hidden_size)
     if not (same and right and kept["delta"].dtype == torch.float32):
-        raise ValueError(f"--delta {show(path, 160)}: was fitted to another model; fit one to this")
+        raise ValueError(f"--delta {show(path, 160)}: was fitted to another model, or to "
+                         "this one in float16; fit one to this")

@@ -72,6 +72,7 @@ def check_options(parser, args):
              "--compare and --picture show what δ does; let --slot-steps be at least 1"),
             ((args.top_k or args.top_p < 1) and not args.temperature,
              "--top-k and --top-p cut what is drawn from; give --temperature, too, such as 1"),
+            (args.prompt.count("-") > 1, "standard input is one prompt; give - once"),
             (args.reference is not None and args.picture is None, "--reference needs --picture"),
             ("RANK" in os.environ and any(
                 path is not None for path in (args.delta, args.save_delta, args.picture)),

@@ -89,7 +89,7 @@ def read_line(line, where):
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        if line.startswith('{"'):
+        if re.match(r'{\s*"', line):
             raise ValueError(f"{where}begins an object and is none ({show(str(error))})") from None
         return line, None
     if isinstance(entry, str):

@@ -23,7 +23,7 @@ def use_slot_file(parser, args):
         return
     if args.slot_fast:
         parser.error("--slot-file runs the loop of that file; leave --slot-fast out")
-    sys.path.insert(0, os.getcwd())
+    sys.path += [os.path.dirname(os.path.abspath(args.slot_file)), os.getcwd()]
     spec = importlib.util.spec_from_file_location("slot", args.slot_file)
     module = sys.modules["slot"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

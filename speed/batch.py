@@ -37,8 +37,8 @@ def stands_for_slot():
     with contextlib.suppress(OSError, TypeError):       # where Python finds no source of them
         if digest() == TWIN:
             return True
-    print("note      slot.py's likeliest, prefill or decode has been edited: prompts are answered "
-          "one by one", file=sys.stderr, flush=True)
+    print("note      slot.py's likeliest, prefill or decode has been edited: it is asked itself, "
+          "prompts are answered one by one", file=sys.stderr, flush=True)
     return False
 
 

@@ -99,7 +99,7 @@ def use(lm):
     # the head is far larger: another way may be the fastest, and a piece of it tells
     of_layers, of_head = choices(matrix, forced), choices(head[:PIECE // head.shape[1]], forced)
     for module in lm.modules():
-        if isinstance(module, nn.Linear):
+        if type(module).forward is nn.Linear.forward:       # not what a reader has written
             table = of_head if module is lm.lm_head else of_layers
             module.forward = functools.partial(product, module, table)
     return ", ".join(sorted({way.__name__ for way in (*of_layers.values(), *of_head.values())}))

@@ -106,7 +106,8 @@ class Study:
     def __init__(self, args, lm, tokenizer, problems, new):
         self.args, self.lm, self.tokenizer = args, lm, tokenizer
         self.problems, self.new = problems, new
-        self.together = speed and not args.only and speed.batch.stands_for_slot()
+        self.as_written = bool(speed) and speed.batch.stands_for_slot()
+        self.together = self.as_written and not args.only
         self.optimize = slot.optimize_delta
         if args.slot_fast:
             fast = speed.parallel_delta if args.tensor_parallel > 1 else speed.delta
@@ -126,6 +127,7 @@ class Study:
             ids = self.problems[i].ids
             if i not in self.hiddens:
                 self.hiddens[i], _ = slot.prefill(self.lm, ids, 0)
+            torch.manual_seed(self.args.seed + i)           # for an idea that draws
             hidden, began = self.hiddens[i].detach(), time.perf_counter()
             delta, _ = self.optimize(hidden, ids, self.lm.lm_head, steps, lr)
             self.fits[i, steps, lr] = delta.detach(), time.perf_counter() - began
@@ -168,6 +170,8 @@ class Study:
             delta, bias, fit = self.effect(i, setting)
             change = self.change(delta, bias)
             losses = dict(prompt_loss=prompt.loss(change), answer_loss=answer.loss(change))
+            if not self.as_written:
+                losses["answer_loss"] = self.told(i, reference, cache, delta, bias)
             if not all(map(math.isfinite, losses.values())):
                 raise ValueError(f"sample {i}, {setting.name}: a loss is not a finite number; "
                                  "lower the learning rate")
@@ -176,6 +180,21 @@ class Study:
                 cosine = F.cosine_similarity(prompt.gradient(), answer.gradient(), dim=0)
                 found[setting]["alignment"] = cosine.item()
         return found
+
+    def told(self, i, reference, cache, delta, bias):
+        """The loss of the reference answer where slot.decode may have been edited: by decode
+        itself, whose choices are those of the reference."""
+        cache, rest, losses = copy.copy(cache), iter(reference), []
+        cache.pos -= max(0, len(reference) - 1)             # back to the end of the prompt
+
+        def choose(logits):
+            logits = logits if bias is None else logits + bias
+            id = next(rest)
+            losses.append(F.cross_entropy(logits, torch.tensor(id, device=logits.device)).item())
+            return id
+
+        list(slot.decode(self.lm, self.hiddens[i], cache, len(reference), delta, choose))
+        return sum(losses) / max(1, len(losses))
 
     def change(self, delta, bias):
         """-> a function from logits (..., V), hidden, counts to what an effect makes of them."""

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import slot
 from checks.files import whole_file
@@ -35,13 +34,15 @@ class Picture:
         self.given_fit, self.given_draw, self.deltas, self.answers = fit, draw, [], []
 
     def fit(self, hidden, tokens, *others):
-        """The fit that was given; what its optimizer leaves, if it is like δ, is δ by step."""
-        began = time.perf_counter()
-        with register_optimizer_step_post_hook(lambda optimizer, *_: self.deltas.append(
-                optimizer.param_groups[0]["params"][0].detach().clone())):
+        """The fit that was given; what it multiplies by W, if it is like δ, is δ by step."""
+        began, seen = time.perf_counter(), []
+        with self.lm.lm_head.register_forward_pre_hook(
+                lambda head, given: seen.append(given[0].detach().float().clone())):
             delta, losses = self.given_fit(hidden, tokens, *others)
         self.hidden, self.tokens, self.seconds = hidden[0], tokens, time.perf_counter() - began
-        self.deltas = [each for each in self.deltas if each.shape == delta.shape][:-1] + [delta]
+        seen = [each.view_as(delta) for each in seen if each.numel() == delta.numel()]
+        seen = seen[len(tokens) == 2:]                      # of two tokens h is like δ, and first
+        self.deltas = [each for each in seen if each.any()][:-1] + [delta]      # without δ = 0
         return delta, losses
 
     def draw(self):

@@ -27,7 +27,17 @@ def source_digests(fast, slot_file, parallel=False):
     patterns += ["speed/parallel*.py", "speed/ranks.py"] * parallel
     paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     found = {path.relative_to(ROOT).as_posix(): digest(path) for path in paths}
-    return found | ({"--slot-file": digest(slot_file)} if slot_file else {})
+    return found | (slot_file_digests(slot_file) if slot_file else {})
+
+
+def slot_file_digests(slot_file):
+    """{file: digest} of a reader's slot.py, and of what it has imported from beside it."""
+    folders = Path(slot_file).resolve().parent, Path.cwd()
+    files = {Path(getattr(m, "__file__", None) or "/").resolve()
+             for m in list(sys.modules.values())}
+    beside = {file.name: digest(file) for file in sorted(files - {Path(slot_file).resolve()})
+              if file.parent in folders and file.is_file()}
+    return beside | {"--slot-file": digest(slot_file)}
 
 
 def model_digests(folder):

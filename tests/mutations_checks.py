@@ -162,7 +162,7 @@ TABLE = {
         ("a byte-order mark is part of the prompt", ".removeprefix(codecs.BOM_UTF8)", ""),
     ],
     ("checks/prompts.py", f"{PROMPTS} -k cut"): [
-        ("a cut object is a prompt", "if line.startswith('{\"'):", "if False:"),
+        ("a cut object is a prompt", "if re.match(r'{\\s*\"', line):", "if False:"),
     ],
     ("tiny/train.py", f"{TRAIN} -k overwrite"): [
         ("training writes over a finished model", "    if finished and not overwrite:", "    if False:"),

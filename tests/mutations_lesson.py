@@ -192,6 +192,7 @@ TABLE = {
         ("no gradient of a bias alone", "(b is not None and b.requires_grad)", "False"),
         ("the slowest way is taken", "best = min(least, key=least.get)",
          "best = max(least, key=least.get)"),
+        ("a reader's own forward is swapped", "if type(module).forward is nn.Linear.forward:", "if isinstance(module, nn.Linear):"),
         ("a small model is timed", "(head.numel() < SMALL and not forced)", "False"),
     ],
     ("speed/batch.py", BATCH): [
@@ -247,7 +248,8 @@ TABLE = {
         ("lr of the command not handed on",
          "fit(hidden, tokens, lm.lm_head, args.slot_steps, args.slot_lr)",
          "fit(hidden, tokens, lm.lm_head, args.slot_steps, 0.01)"),
-        ("--compare: the cache is not put back", "        cache.pos = len(tokens) ", "        pass "),
+        ("--compare: the cache is not put back", "        cache.pos = end ", "        pass "),
+        ("--compare: back to where slot.py's prefill ends, not the reader's", "        cache.pos = end ", "        cache.pos = len(tokens) "),
         ("--compare: the second answer without delta", "decoded(delta, draw())", "decoded(None, draw())"),
         ("every prompt draws with the same seed", "args.seed + place)", "args.seed)"),
         ("before and after swapped", "{before[id]:.1%} → {after[id]:.1%}",

@@ -9,6 +9,7 @@ TASKS = "tests/test_study_tasks.py"
 
 TABLE = {
     ("study/measure.py", RUN): [
+        ("study: the answer's loss of an edited decode by steer", "if not self.as_written:", "if False:"),
         ("study: δ of the sample's own prompt as wrong-prompt",
          'source = self.partner[i] if setting.what == "wrong-prompt" else i', "source = i"),
         ("study: a random δ of any norm", "delta = noise * (delta.norm() / noise.norm())", "delta = noise"),
@@ -37,7 +38,8 @@ TABLE = {
     ],
     ("study/results.py", RESULTS): [
         ("study: the --slot-file not in the fingerprint",
-         'return found | ({"--slot-file": digest(slot_file)} if slot_file else {})', "return found"),
+         "return found | (slot_file_digests(slot_file) if slot_file else {})", "return found"),
+        ("study: what a --slot-file imports not in the fingerprint", "return beside | {", "return {"),
         ("study: results that contradict each other, the last one counts",
          "if key in places and self.rows[key] | dict(seconds=None) != row | dict(seconds=None):",
          "if False:"),

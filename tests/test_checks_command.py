@@ -71,6 +71,7 @@ WRONG = [([option, value], option) for option, values in NUMBERS.items()
     (["--save-delta", "x", "a"], "--slot-steps"),
     (["--delta", "x", "--slot-steps", "1", "a"], "--slot-steps"),
     (["--delta", "x", "--slot-lr", "0.1", "a"], "--slot-lr"),
+    (["-", "-"], "give - once"),
     (["--problem", "5", "a"], "--problem"), (["--problem", "5", "--prompts", "a"], "--problem"),
     (["--slot-file", "no-such-file.py"], "no such file"), (["--slot-file", "README.md"], "no Python file"), (["--slot-file", "."], "--slot-file"),
     (["--\ud800\n\x1b]0;x\x07" * 300], "unrecognized")]

@@ -458,6 +458,25 @@ def test_slot_file_takes_the_place_of_slot(several, tmp_path):
     assert steered.returncode == 0 and steered.stdout not in (usual, backwards.stdout)
 
 
+def test_an_edited_prefill_is_gone_back_to(tmp_path):
+    """--compare decodes twice from one prefill, whatever the reader's `prefill` has put into the cache: here the prompt, twice."""
+    twice = edited(tmp_path, ("    T = len(tokens)\n", "    tokens = [*tokens, *tokens]\n    T = len(tokens)\n"),
+                   ("    return hidden, cache\n\n", "    return hidden[:, T // 2:], cache\n\n"))
+    usual = "--slot-steps", 5, "--slot-lr", 0.1, "--max-new-tokens", 30, "--slot-file", twice, BOOKS
+    assert process(*usual, "--compare").stdout.split("--- with δ ---\n")[1] == process(*usual).stdout
+
+
+def test_a_slot_file_imports_from_beside_it_and_the_rest_from_the_project(tmp_path):
+    """Also from another folder, in which other files have the names of ours."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/helper.py").write_text("SCALE = 0.0\n")
+    (tmp_path / "model.py").write_text("raise SystemExit('the wrong model.py')\n")
+    mine = edited(tmp_path / "mine", ("from model import", "from helper import SCALE\nfrom model import"),
+                  ("return logits + W_delta", "return logits + SCALE * W_delta"))
+    done = forks.run([ROOT / "generate.py", "--slot-file", mine, "--slot-steps", "10", "--slot-lr", "0.5", BOOKS], tmp_path)
+    assert done.returncode == 0 and done.stdout == text(BOOKS) + "\n", done
+
+
 def test_an_edited_decode_answers_several_prompts_too(tmp_path):
     """One by one, by itself: speed/batch.py does not know it. An edited `steer`, which depends on h and on the answer's
     length: together."""
@@ -482,8 +501,10 @@ def test_an_edited_decode_answers_several_prompts_too(tmp_path):
     ("nll = loss(logits[0], targets)", "nll = loss(logits[0, :3], targets)", ["ValueError: Expected input", "my_slot.py"]),
     ("return delta.detach(), torch.stack(losses)", "return delta.detach()", ["ValueError: not enough values", "generate.py"]),
     ("import torch\nimport", "import torch, nosuch\nimport", ["ModuleNotFoundError", "my_slot.py"]),
-    ("def prefill(lm, tokens, max_new_tokens):", "def prefill(lm, tokens:", ["SyntaxError", "my_slot.py"])],
-    ids=["name", "torch", "results", "import", "syntax"])
+    ("def prefill(lm, tokens, max_new_tokens):", "def prefill(lm, tokens:", ["SyntaxError", "my_slot.py"]),
+    ("nll = loss(logits[0], targets)", "__import__('json').loads('')", ["JSONDecodeError", "my_slot.py"]),
+    ("nll = loss(logits[0], targets)", "b = torch.zeros(1).expand(4); b += 1", ["RuntimeError", "my_slot.py"])],
+    ids=["name", "torch", "results", "import", "syntax", "json", "memory"])
 def test_an_error_in_a_slot_file_shows_as_python_shows_it(old, new, words, tmp_path):
     """It is the reader's own program: they need the line. Also where torch says ValueError, which in our own code is
     a judgement on input."""

@@ -164,6 +164,19 @@ def test_the_loop_of_slot_on_swapped_products(way, monkeypatch):
     assert largest(fits[0] - fits[1]) < 2e-5
 
 
+def test_a_forward_of_the_readers_own_stays(monkeypatch):
+    class Half(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    monkeypatch.setenv("SLOT_PRODUCTS", "vector")
+    lm = load_model(GOLDEN / "qwen2", dtype="float32")
+    h, before = torch.randn(1, lm.config.hidden_size), lm.lm_head.weight
+    lm.lm_head.__class__ = Half
+    linear.use(lm)
+    assert relative_rms(lm.lm_head(h), h @ before.T / 2) < 1e-5
+
+
 def test_a_small_model_keeps_its_own(monkeypatch):
     """Nothing is timed, and nothing swapped, where any way will do."""
     monkeypatch.setattr(linear, "fastest", None)

@@ -57,6 +57,17 @@ def test_an_idea_changes_one_place_and_the_figures(title, tmp_path, as_it_is):
         assert losses != as_it_is[0] and len(set(losses) - set(as_it_is[0])) > 12       # of 24 with SLOT
 
 
+def test_an_edit_of_decode_is_in_the_losses_and_so_is_what_is_drawn(tmp_path):
+    """A weaker δ in the answer, said in `decode` or in `steer`: the same losses of the answer. The fit draws where it starts:
+    the same numbers by the same seed."""
+    source, answers = (ROOT / "slot.py").read_text(encoding="utf-8"), []
+    for old, new in (("W_delta = lm.lm_head(", "W_delta = 0.25 * lm.lm_head("), ("return logits + W_delta", "return logits + 0.25 * W_delta")):
+        assert source.count(old) == source.count("delta = torch.zeros(") == 1
+        losses, _ = measured(tmp_path, source.replace(old, new).replace("delta = torch.zeros(", "delta = torch.randn("))
+        answers.append([float(loss) for loss in losses[1::2]])
+    assert answers[0] == pytest.approx(answers[1], abs=1e-5) and len(set(answers[0])) == 18
+
+
 @pytest.mark.parametrize("title", IDEAS)
 def test_the_table_counts_the_changed_lines(title):
     written = sum(patch.count("\n+") + patch.startswith("+") for patch in IDEAS[title])

@@ -261,7 +261,8 @@ CHANGES = {     # (old, new) of slot.py -> the steps that the page knows
                             "torch.optim.SGD([delta], lr=lr)")], [0, 1, 2, 3]),
     "delta of rank 1": ([("delta = torch.zeros(1, 1, hidden.shape[-1], device=hidden.device, requires_grad=True)",
                           "along = torch.zeros(1, 1, 1, requires_grad=True)"), ("[delta]", "[along]"), ("inputs=[delta]", "inputs=[along]"),
-                         ("        logits = Wh", "        delta = along * hidden[:, -1:]\n        logits = Wh")], [0, 3]),
+                         ("        logits = Wh", "        delta = along * hidden[:, -1:]\n        logits = Wh")], [0, 1, 2, 3]),
+    "a short delta": ([("            optimizer.zero_grad()", "            optimizer.zero_grad()\n            delta.data *= 0.5")], [0, 1, 2, 3]),
     "weaker in the answer": ([("return logits + W_delta", "return logits + 0.5 * W_delta")], [0, 1, 2, 3])}
 
 
@@ -279,6 +280,9 @@ def test_an_edited_slot_file(name, page, tmp_path):
     assert ended.returncode == 0, ended.stderr
     _, data = read_page(tmp_path / "page.html")
     assert data["steps"] == steps and "3 steps at rate 0.1" in data["facts"]
+    if name != "weaker in the answer":
+        said = [float(loss) for loss in re.search("my_slot.py has it  (.*)", ended.stderr)[1].split(" → ")]
+        assert [sum(losses) / len(losses) for losses in data["losses"]] == pytest.approx(said, abs=1e-4)
     assert data["losses"][0] == page["losses"][0]
     assert (data["losses"][-1] == page["losses"][3]) == (name == "none")
 

@@ -6,6 +6,9 @@ import json
 import os
 import resource
 import signal
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -200,6 +203,22 @@ def test_all_rooms_that_make_the_numbers_are_in_the_fingerprint(tmp_path):
     assert mine.keys() - names == {"--slot-file"}
     (tmp_path / "mine.py").write_text("2")
     assert source_digests(False, tmp_path / "mine.py") != mine
+
+
+def test_what_a_slot_file_imports_is_in_the_fingerprint(tmp_path, monkeypatch):
+    """From beside it or from the working folder; what else the process has imported is not."""
+    (tmp_path / "mine").mkdir()
+    for name in ("mine/mine.py", "mine/helper_beside.py", "helper_here.py", "mine/unused.py"):
+        (tmp_path / name).write_text("1")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine/mine.py", "mine/helper_beside.py", "helper_here.py"):
+        module = ModuleType(Path(name).stem)
+        module.__file__ = str(tmp_path / name)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    mine = source_digests(False, "mine/mine.py")
+    assert mine.keys() - source_digests(False, None).keys() == {"--slot-file", "helper_beside.py", "helper_here.py"}
+    (tmp_path / "mine/helper_beside.py").write_text("2")
+    assert [name for name, value in source_digests(False, "mine/mine.py").items() if mine[name] != value] == ["helper_beside.py"]
 
 
 def test_what_measures_imports_only_what_is_in_the_fingerprint():
