@@ -3,6 +3,7 @@
 Also run in a copy that was handed out, where what needs the solutions is skipped.
 """
 import doctest
+import functools
 import importlib.util
 import inspect
 import math
@@ -22,6 +23,15 @@ from exercises.lessons import EXERCISES, LESSONS
 
 NUMBERS = list(EXERCISES)
 needs_solutions = pytest.mark.skipif(ANSWERS.exists(), reason="a copy without solutions")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def each_wrong_function_runs_once():
+    """What known mistakes give is always the same, and takes most of the time."""
+    results = functools.cache(lambda number: list(known_mistakes(number, EXERCISES[number])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checking, "known_mistakes", lambda number, exercise: results(number))
+        yield
 
 
 def module_of(path):
@@ -82,7 +92,7 @@ def test_every_planted_mistake_is_named_as_itself(capsys):
     began, counts, twice = time.perf_counter(), {}, {}
     for number, exercise in EXERCISES.items():
         right, found = right_results(number, exercise), {}
-        for name, thought, results in known_mistakes(number, exercise):
+        for name, thought, results in checking.known_mistakes(number, exercise):
             if name.startswith("two at once"):
                 twice[number] = twice.get(number, 0) + 1
                 continue
