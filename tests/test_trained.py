@@ -95,12 +95,12 @@ def test_chats_have_the_reference_librarys_text_and_ids():
         assert tokenizer().chat_ids(chat["messages"]) == chat["ids"]
 
 
-def logits_of(chat, dtype):
+def logits_of(chat, dtype, new=64):
     """-> of all positions of prompt and answer: the logits of 17 fixed tokens, and of the eight best of the goldens."""
-    tokens, lm = torch.tensor([ids_of(chat) + VALUES[f"new_float32_{chat}"].tolist()])[:, :-1], load(dtype)
+    tokens, lm = torch.tensor([ids_of(chat) + VALUES[f"new_float32_{chat}"][:new].tolist()])[:, :-1], load(dtype)
     with torch.no_grad():
         logits = lm.lm_head(lm.model(tokens))[0].float().numpy()
-    best = VALUES[f"best_{dtype}_{chat}"].astype(np.int64)
+    best = VALUES[f"best_{dtype}_{chat}"][:len(logits)].astype(np.int64)
     return logits[:, VALUES["slice"]], np.take_along_axis(logits, best, 1), logits.argmax(1)
 
 
@@ -115,17 +115,18 @@ def test_logits(chat):
 @pytest.mark.parametrize("chat", CHATS)
 def test_logits_in_bfloat16(chat):
     """Eight bits are lost in other places than in the reference library, but no more of them: both are as far from float32."""
-    exact, theirs = VALUES[f"slice_float32_{chat}"], VALUES[f"slice_bfloat16_{chat}"]
-    off, off_theirs = (np.sqrt(np.mean((each - exact) ** 2)) for each in (logits_of(chat, "bfloat16")[0], theirs))
+    ours = logits_of(chat, "bfloat16", 8)[0]
+    exact, theirs = (VALUES[f"slice_{dtype}_{chat}"][:len(ours)] for dtype in ("float32", "bfloat16"))
+    off, off_theirs = (np.sqrt(np.mean((each - exact) ** 2)) for each in (ours, theirs))
     assert off < 1.25 * off_theirs, f"rms error {off:.3f}, the reference library's {off_theirs:.3f}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("chat", CHATS)
 def test_greedy_tokens(chat, dtype):
-    """All 64 in float32. In bfloat16 up to the first that was chosen by less than rounding makes of a logit."""
+    """Half of the 64 in float32. In bfloat16 up to the first that was chosen by less than rounding makes of a logit."""
     expected, lead = VALUES[f"new_{dtype}_{chat}"].tolist(), VALUES[f"lead_{dtype}_{chat}"]
-    certain = int(np.flatnonzero(lead < 0.3)[0]) if dtype == "bfloat16" else 64
+    certain = int(np.flatnonzero(lead < 0.3)[0]) if dtype == "bfloat16" else 32
     assert certain >= 7
     assert list(slot.generate(load(dtype), ids_of(chat), certain)) == expected[:certain]
 
@@ -133,9 +134,9 @@ def test_greedy_tokens(chat, dtype):
 @torch.no_grad()
 def test_whole_cached_and_in_chunks():
     """Hidden states of one pass over prompt and answer, of chunks cut at various places, and of one token at a time."""
-    lm, tokens = load(), torch.tensor([ids_of(0) + VALUES["new_float32_0"].tolist()[:20]])
+    lm, tokens = load(), torch.tensor([ids_of(0) + VALUES["new_float32_0"].tolist()[:8]])
     whole, T = lm.model(tokens), tokens.shape[1]
-    for cuts in ([1], [7], [31, 32], [T - 1], [5, 6, 30, 50], range(1, T)):
+    for cuts in ([1], [31, 32], [5, 6, 30, T - 1], range(1, T)):
         cache = KVCache(lm.config, 1, T, "cpu", torch.float32)
         parts = [lm.model(tokens[:, a:b], cache) for a, b in zip([0, *cuts], [*cuts, T])]
         off = (torch.cat(parts, dim=1) - whole).abs().max().item()
@@ -155,11 +156,15 @@ def test_delta_is_the_authors(number, optimize):
     assert off < 5e-4 and off_loss < 1e-4, f"{steps} steps of {lr}: δ differs by {off:.1e}, a loss by {off_loss:.1e}"
 
 
+@functools.cache
+def answer(chat, steps, lr):
+    return list(slot.generate(load(), ids_of(chat), 32, steps, lr))
+
+
 @pytest.mark.parametrize("number", RUNS)
 def test_answers_with_delta_are_the_authors(number):
     golden = run(number)
-    new = slot.generate(load(), ids_of(int(golden["chat"])), len(golden["new"]), int(golden["steps"]), float(golden["lr"]))
-    assert list(new) == golden["new"].tolist()
+    assert answer(int(golden["chat"]), int(golden["steps"]), float(golden["lr"])) == golden["new"].tolist()
 
 
 def test_a_batch_is_its_prompts():
@@ -167,8 +172,8 @@ def test_a_batch_is_its_prompts():
     prompts = [ids_of(chat) for chat in CHATS]
     assert len({len(prompt) for prompt in prompts}) == 3
     rows = list(batch.generate_batch(load(), prompts, 12, 5, 0.1, optimize=optimize_delta_fast))
-    for row, prompt in enumerate(prompts):
-        assert [ids[row] for ids in rows] == list(slot.generate(load(), prompt, 12, 5, 0.1)), f"prompt {row}"
+    for row in CHATS:
+        assert [ids[row] for ids in rows] == answer(row, 5, 0.1)[:12], f"prompt {row}"
 
 
 def test_the_command_answers():
