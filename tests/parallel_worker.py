@@ -17,7 +17,7 @@ import speed.delta
 from generate import sampler
 from speed import parallel, parallel_delta, ranks
 
-STEPS, LR, NEW = 4, 0.1, 5
+STEPS, LR, NEW = 3, 0.1, 3
 
 
 def prompts_of(config):

@@ -255,8 +255,7 @@ def test_a_rank_that_hangs_ends_the_others():
 
 def test_torchrun_where_all_fail_alike():
     """One line of the command, whatever torchrun itself adds."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "generate.py",
-                           "--model", "nowhere", "hello"], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    done = forks.run(["-m", "torch.distributed.run", "--nproc-per-node", "2", "generate.py", "--model", "nowhere", "hello"])
     lines = [line for line in done.stderr.splitlines() if line.startswith("generate.py:")]
     assert done.returncode == 1 and len(lines) == 1 and "nowhere" in lines[0], done.stderr
 
