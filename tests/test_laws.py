@@ -6,6 +6,7 @@
 
 And a fourth thing that a reader may rely on: an edit that changes nothing turns no proof red.
 """
+import functools
 import re
 import shutil
 import textwrap
@@ -87,10 +88,10 @@ def backwards(tmp_path_factory):
 
 def test_a_sign_in_slot_changes_the_command(backwards):
     """Other losses at once; with enough steps other words. The closed form is another file, and stays."""
-    here, there = (run("--slot-steps", 3) for run in (generate, backwards.generate))
+    here, there = (run("--slot-steps", 3, "--max-new-tokens", 2) for run in (generate, backwards.generate))
     assert losses(here)[0] == -losses(there)[0] and losses(here)[-1] < losses(here)[0]
     assert losses(there)[-1] < losses(there)[0], "it goes uphill on the prompt"
-    arguments = "--slot-steps", 10, "--slot-lr", 0.5
+    arguments = "--slot-steps", 10, "--slot-lr", 0.5, "--max-new-tokens", 24
     here, there = (run(*arguments) for run in (generate, backwards.generate))
     assert here.out != there.out and losses(here) != losses(there)
     fast = backwards.generate(*arguments, "--slot-fast")
@@ -103,15 +104,16 @@ def test_a_sign_in_slot_changes_several_prompts(backwards):
     assert generate(*arguments).out != backwards.generate(*arguments).out
 
 
-def quick_study(tree, out):
+@functools.cache
+def quick_study(tree):
     """-> the rows of the table that `python -m study --quick` prints."""
-    lines = python(tree, "-m", "study", "--quick", "--limit", 2, "--max-new-tokens", 20, "--out", out)
+    lines = python(tree, "-m", "study", "--quick", "--limit", 2, "--max-new-tokens", 20)
     return [line for line in lines.stdout.splitlines() if line.startswith(("common", "rare", "unseen"))]
 
 
-def test_a_sign_in_slot_changes_the_study(backwards, tmp_path):
+def test_a_sign_in_slot_changes_the_study(backwards):
     """The plain model's rows stay to the letter; every row of SLOT changes."""
-    here, there = quick_study(ROOT, tmp_path / "here"), quick_study(backwards.tree, tmp_path / "there")
+    here, there = quick_study(ROOT), quick_study(backwards.tree)
     assert len(here) == len(there) == 9
     for ours, theirs in zip(here, there):
         assert (ours == theirs) == ("plain" in ours), f"{ours} | {theirs}"
@@ -141,15 +143,15 @@ ANSWERS = """
         prompts = [first, second, first[:7], second[5:6]]
         if speed:
             speed.linear.use(lm)
-        for steps, lr in ((0, 0.1), (3, 0.01), (5, 0.1)):
+        for steps, lr in ((0, 0.1), (5, 0.1)):
             if speed:
                 answers = [[] for _ in prompts]
-                batch = speed.batch.generate_batch(lm, prompts, 16, steps, lr, optimize=optimize_delta_fast)
+                batch = speed.batch.generate_batch(lm, prompts, 8, steps, lr, optimize=optimize_delta_fast)
                 for ids in batch:
                     for answer, id in zip(answers, ids):
                         answer.append(id)
             else:
-                answers = [list(generate(lm, tokens, 16, steps, lr)) for tokens in prompts]
+                answers = [list(generate(lm, tokens, 8, steps, lr)) for tokens in prompts]
             for row, ids in enumerate(answers):
                 print(folder.name, row, steps, *ids)
 """
@@ -164,12 +166,12 @@ def plain_house(tmp_path_factory):
 
 
 def test_without_speed_every_golden_token_is_the_same(plain_house):
-    """15 folders, 4 prompts, 3 settings. With speed/ all of it is used: swapped products, batches,
+    """15 folders, 4 prompts, plain and with SLOT. With speed/ all of it is used: swapped products, batches,
     closed form."""
     with_speed = python(ROOT, code=ANSWERS).stdout.splitlines()
     without = python(plain_house.tree, code=ANSWERS).stdout.splitlines()
     assert with_speed.pop(0) == "with speed/" and without.pop(0) == "without"
-    assert len(without) == 15 * 4 * 3
+    assert len(without) == 15 * 4 * 2
     for here, there in zip(with_speed, without, strict=True):
         assert here == there
 
@@ -190,9 +192,9 @@ def test_without_speed_slot_fast_is_refused(plain_house):
     assert study.returncode == 2 and re.match("python -m study: --slot-fast .*speed/", study.stderr), study
 
 
-def test_without_speed_the_study_runs(plain_house, tmp_path):
+def test_without_speed_the_study_runs(plain_house):
     """--quick, every figure but the times."""
-    here, there = quick_study(ROOT, tmp_path / "here"), quick_study(plain_house.tree, tmp_path / "there")
+    here, there = quick_study(ROOT), quick_study(plain_house.tree)
     assert here == there and len(here) == 9
 
 
@@ -276,7 +278,7 @@ def test_a_harmless_edit_turns_no_proof_red(tmp_path):
         done = forks.run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], tree)
         return done.returncode, done.stdout
 
-    status, said = pytest_says("tests/test_slot.py", "tests/test_speed_batch.py", "-k", "authors")
+    status, said = pytest_says("tests/test_slot.py", "tests/test_speed_batch.py", "-k", "authors and not closed_form")
     assert status == 0, said[-2000:]
     status, said = pytest_says("tests/test_mutations.py", "-k", "names_a_line", "-m", "")
     assert status == 1 and "bring its mutations_*.py up to date" in said, said[-2000:]
