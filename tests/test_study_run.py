@@ -91,7 +91,7 @@ def test_figures_against_each_sample_alone(folder, whole):
 
 def test_the_end_token_counts(tmp_path):
     """The embedded model, whose answers end: what generate.py would say, and one token more."""
-    run.main(parse_arguments(["--limit", "2", "--steps", "3", "--lr", "0.1", "--control", "none", "--out", str(tmp_path)]))
+    run.main(parse_arguments(["--limit", "1", "--steps", "3", "--lr", "0.1", "--control", "none", "--out", str(tmp_path)]))
     lm, tokenizer = load_model(ROOT / "tiny"), load_tokenizer(ROOT / "tiny")
     for row in read(tmp_path):
         ids = tokenizer.chat_ids([dict(role="user", content=row["prompt"])])
