@@ -22,7 +22,7 @@ pytest.importorskip("speed.parallel", reason="there is no speed/")
 
 KILLS = int(os.environ.get("KILLS", 2))
 EMBEDDED = ["--limit", str(4 * KILLS), "--batch", "2", "--steps", "3", "--lr", "0.1", "--control", "wrong-prompt",
-            "--max-new-tokens", "12"]
+            "--max-new-tokens", "6"]
 
 
 def torchrun(ranks, command):
@@ -95,11 +95,11 @@ def test_kills_and_another_number_of_replicas(alone, tmp_path):
 def test_ranks_of_one_model(tmp_path_factory):
     """Two ranks a model; losses as alone within rounding. By the loop two models; by the closed form one, under torchrun."""
     import json
-    folder, found = make(tmp_path_factory.mktemp("model")), {}
+    folder, few = make(tmp_path_factory.mktemp("model")), ["--limit", "2", "--max-new-tokens", "3"]
     for form in ([], ["--slot-fast"]):
         one, many = (tmp_path_factory.mktemp(name) for name in ("one", "many"))
-        run.main(parse_arguments(options(folder, one, *form)))
-        command = ["-m", "study", *options(folder, many, "--tensor-parallel", "2", *form)]
+        run.main(parse_arguments(options(folder, one, *few, *form)))
+        command = ["-m", "study", *options(folder, many, *few, "--tensor-parallel", "2", *form)]
         running = torchrun(2, command) if form else forks.ranks(4, command)
         statuses, _, said = zip(*forks.end(running))
         assert not any(statuses) and "".join(said).count("report    ") == 1, said
