@@ -25,7 +25,7 @@ def without_a_child(monkeypatch):
 # ---- as the reference renders ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", CHATTING)
-def test_published_templates_give_the_reference_librarys_text_and_ids(name):
+def test_published_templates_give_the_reference_librarys_text_and_ids(name, without_a_child):
     ours = load_tokenizer(golden.FOLDERS / name)
     answers = json.loads((golden.FOLDERS / name / "answers.json").read_text())["chats"]
     for case, (text, ids) in zip(golden.chats(name), answers, strict=True):
@@ -95,7 +95,7 @@ def test_a_message_never_becomes_a_control_token(tmp_path):
     assert ours.chat_ids(plain) == ours.encode(ours.chat(plain), allow_special=True)
 
 
-def test_whatever_the_flags_of_the_token(tmp_path):
+def test_whatever_the_flags_of_the_token(tmp_path, without_a_child):
     """Issue: tokens that are not marked special, and special ones that are normalized, were control tokens when a user typed them,
     or made plain text of the template's own."""
     for number, (special, normalized) in enumerate(itertools.product((False, True), repeat=2)):
