@@ -51,14 +51,13 @@ def random_layer(outputs, inputs, dtype):
 def test_products(dtype, way, outputs, inputs):
     """One row, few, many, in every shape that a decoder hands over; with a bias and without."""
     layer, draw = random_layer(outputs, inputs, dtype)
-    swap(layer, way)
+    given = swap(layer, way).bias
     for rows in ((1,), (1, 1), (3, 1), (2, 20), (520,), (1, 0)):
         x = torch.randn(*rows, inputs, generator=draw).to(dtype)
-        for bias in (layer.bias, None):
+        product = x.double() @ layer.weight.double().T
+        for bias in (given, None):
             layer.bias = bias
-            y, exact = layer(x), x.double() @ layer.weight.double().T
-            if bias is not None:
-                exact += bias.double()
+            y, exact = layer(x), product if bias is None else product + bias.double()
             assert y.shape == (*rows, outputs) and y.dtype == dtype
             off = relative_rms(y, exact) if len(y.flatten()) else 0
             assert off < CLOSE[dtype], f"{rows}, bias {bias is not None}: relative rms error {off:.1e}"
