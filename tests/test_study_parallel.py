@@ -71,8 +71,8 @@ def test_kills_and_another_number_of_replicas(alone, tmp_path):
     """One rank is killed, and torchrun ends the others; or all are killed. Then as many as may be go on."""
     draw, killed, command = random.Random(0), [], ["-m", "study", *EMBEDDED, "--out", tmp_path]
     for kill in range(KILLS):
-        before, count = len(lines(tmp_path)), draw.choice([2, 3])
-        running = (torchrun if kill % 2 == 0 else forks.ranks)(count, command)
+        before = len(lines(tmp_path))
+        running = torchrun(2, command) if kill % 2 == 0 else forks.ranks(3, command)
         wait_for(lambda: len(lines(tmp_path)) >= before + draw.randint(1, 4), running[0])
         if running[0].poll() is None:
             if kill % 2 == 0:
