@@ -40,3 +40,9 @@ def folder(tmp_path, alarm):
     from hostile import CANARY
     yield tmp_path / "model"
     assert not CANARY.exists(), "something in the folder was executed"
+
+
+@pytest.fixture
+def without_a_child(monkeypatch):
+    """For thousands of prompts of our own templates: a fork for each takes most of the time."""
+    monkeypatch.delattr("os.fork", raising=False)

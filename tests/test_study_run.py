@@ -24,6 +24,8 @@ from study.settings import Setting, all_settings
 from study.tasks import read_problems, tokenized
 from tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("without_a_child")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

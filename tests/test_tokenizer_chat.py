@@ -16,12 +16,6 @@ ANSWERS = json.loads(golden.FILE.read_text())
 CHATTING = [name for name in golden.CUTS if (golden.FOLDERS / name / "chat_template.jinja").exists()]
 
 
-@pytest.fixture
-def without_a_child(monkeypatch):
-    """For thousands of prompts of our own templates: a fork for each takes most of the time."""
-    monkeypatch.delattr("os.fork", raising=False)
-
-
 # ---- as the reference renders ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", CHATTING)
