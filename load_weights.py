@@ -156,6 +156,5 @@ def load_model(folder, device="cpu", dtype="auto", part=None):
 
 
 def find_model(name):
-    """`name`: a folder; a name that `python -m convert` keeps; or a hub id such as
-    Qwen/Qwen2.5-0.5B-Instruct -> the folder, see checks/hub.py."""
+    """A folder, a name that `python -m convert` keeps, or a hub id -> the folder: checks/hub.py."""
     return Path(name) if os.path.isdir(name) else find_kept(name)

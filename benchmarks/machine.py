@@ -57,16 +57,10 @@ class Rates:
             seconds = min(timed(lambda: way(x, W, None)) for way in WAYS[x.dtype])
             rates.append(2 * 1024 * 2048 * 2048 / seconds)
 
-    @property
-    def read(self):
-        return max(self.reads)
-
-    def multiply(self, dtype):
-        return max(self.products[dtype])
-
     def limit(self, phases, dtype):
-        """-> seconds that the work takes at least."""
-        return sum(max(size / self.read, flops / self.multiply(dtype)) for size, flops in phases)
+        """phases: (bytes, FLOP), one after the other -> seconds that they take at least."""
+        read, multiply = max(self.reads), max(self.products[dtype])
+        return sum(max(size / read, flops / multiply) for size, flops in phases)
 
     def __str__(self):
         rates = {"read, GB/s": self.reads}

@@ -11,10 +11,10 @@ def base_of(row, work):
 
 def table(subject, rates):
     """Print it -> {row: its figures}, for the JSON."""
-    work, rows = subject.work(), {}
+    work, rows, width = subject.work(), {}, max(map(len, subject.seconds)) + 2
     print(f"\n== {subject.title}: {subject.size / 1e6:,.1f} M parameters, "
           f"{subject.size * subject.bytes / 1e9:.2f} GB, products: {subject.products} ==")
-    print(f"{'':<44}{'min':>10}{'median':>10}{'max':>10}{'limit':>10}   reached")
+    print(f"{'':<{width + 9}}{'min':>10}{'median':>10}{'max':>10}{'limit':>10}   reached")
     for row in sorted(subject.seconds, key=lambda row: list(work).index(base_of(row, work))):
         seconds, limit = subject.seconds[row], rates.limit(work[base_of(row, work)], subject.dtype)
         unit, values, bound = "ms", [1e3 * s for s in seconds], 1e3 * limit
@@ -23,7 +23,7 @@ def table(subject, rates):
         rows[row] = dict(unit=unit, min=min(values), median=median(values), max=max(values),
                          limit=bound, reached=limit / median(seconds), seconds=seconds)
         cells = "".join(f"{rows[row][key]:>10,.4g}" for key in ("min", "median", "max", "limit"))
-        print(f"{row:<35}{unit:>9}{cells}{rows[row]['reached']:>9.0%}")
+        print(f"{row:<{width}}{unit:>9}{cells}{rows[row]['reached']:>9.0%}")
     return rows
 
 

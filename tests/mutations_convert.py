@@ -75,8 +75,8 @@ TABLE = {
         ("benchmarks: a peer's row limited by another", 'row.rsplit(", ", 1)[0]', 'row.split(" ", 1)[0]'),
     ],
     ("benchmarks/machine.py", BENCH): [
-        ("benchmarks: phases at the same time", "return sum(max(size / self.read",
-         "return max(max(size / self.read"),
+        ("benchmarks: phases at the same time", "return sum(max(size / read",
+         "return max(max(size / read"),
         ("benchmarks: the memory of what was before", 'return status("VmHWM") - before',
          'return status("VmHWM")'),
     ],
