@@ -3,7 +3,7 @@
 No way is the best everywhere: torch's own product can take twice as long as another, or half, by
 processor, dtype, matrix and number of rows. So nothing here asks what the processor is called:
 `use` times the ways on the model's own matrices, once, and takes the fastest. SLOT_PRODUCTS=plain
-in the environment leaves torch's own; SLOT_PRODUCTS=NAME takes that way wherever there is one.
+in the environment leaves torch's own.
 """
 import functools
 import math
@@ -72,15 +72,14 @@ def fastest(ways, x, W):
     return best if least[best] < MARGIN * least[ways[0]] else ways[0]
 
 
-def choices(W, forced):
+def choices(W):
     """-> {most rows: the way for up to so many}, a way for each of CLASSES. Of a row that needs a
     gradient this is timed, Wᵀ r for a row r: emulated bfloat16 can make it 20 times as slow."""
     found = {}
     for most, rows in CLASSES.items():
         factor = W.T if most == TRAINED else W
-        ways = ways_for(W.dtype, min(most, rows))
-        ways = [way for way in ways if way.__name__ == forced] or ways
-        found[most] = fastest(ways, torch.randn(rows, factor.shape[1]).to(W.dtype), factor)
+        x = torch.randn(rows, factor.shape[1]).to(W.dtype)
+        found[most] = fastest(ways_for(W.dtype, min(most, rows)), x, factor)
     return found
 
 
@@ -90,14 +89,14 @@ def use(lm):
     -> their names, for the statistics line. Takes 0.2 to 0.4 s for a model of 0.5 B parameters, up
     to 0.8 where 16 bits are emulated, nothing for a small one or on a GPU."""
     head, matrix = lm.lm_head.weight, lm.model.layers[0].mlp.gate_proj.weight
-    forced = os.environ.get("SLOT_PRODUCTS")
-    if head.is_cpu and head.numel() < SMALL:
+    small = head.numel() < SMALL
+    if head.is_cpu and small:
         torch.set_num_threads(1)                        # a second thread would come too late
-    if not head.is_cpu or forced == "plain" or (head.numel() < SMALL and not forced):
+    if not head.is_cpu or small or os.environ.get("SLOT_PRODUCTS") == "plain":
         return "plain"
 
     # the head is far larger: another way may be the fastest, and a piece of it tells
-    of_layers, of_head = choices(matrix, forced), choices(head[:PIECE // head.shape[1]], forced)
+    of_layers, of_head = choices(matrix), choices(head[:PIECE // head.shape[1]])
     for module in lm.modules():
         if type(module).forward is nn.Linear.forward:       # not what a reader has written
             table = of_head if module is lm.lm_head else of_layers
@@ -114,8 +113,8 @@ def product(module, table, x):
     """What stands in the place of nn.Linear.forward: x (..., inputs) -> (..., outputs)."""
     W, b = module.weight, module.bias
     rows = x.reshape(-1, x.shape[-1])
-    trained = x.requires_grad or W.requires_grad or (b is not None and b.requires_grad)
-    trained = trained and torch.is_grad_enabled()
+    given = [each for each in (x, W, b) if each is not None]
+    trained = torch.is_grad_enabled() and any(each.requires_grad for each in given)
     if len(rows) == 0 or trained and len(rows) > 1:
         return F.linear(x, W, b)
     way = way_of(table, TRAINED if trained else len(rows))

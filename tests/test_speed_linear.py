@@ -116,9 +116,9 @@ def test_a_bias_alone_can_be_trained(dtype, way):
 
 def used(name, dtype, way, monkeypatch):
     """A golden model with its products forced -> the model, what it says of them, and the golden values.
-    Where `vector` cannot be, for more than one row, torch's own stands."""
-    monkeypatch.setenv("SLOT_PRODUCTS", way)
-    monkeypatch.setattr(linear, "fastest", lambda ways, x, W: ways[0])
+    Where `way` cannot be, torch's own stands."""
+    monkeypatch.setattr(linear, "SMALL", 1)
+    monkeypatch.setattr(linear, "fastest", lambda ways, x, W: next((each for each in ways if each.__name__ == way), ways[0]))
     lm = load_model(GOLDEN / name, dtype=dtype)
     return lm, linear.use(lm), load_golden(name)[1]
 
@@ -168,7 +168,7 @@ def test_a_forward_of_the_readers_own_stays(monkeypatch):
         def forward(self, x):
             return super().forward(x) / 2
 
-    monkeypatch.setenv("SLOT_PRODUCTS", "vector")
+    monkeypatch.setattr(linear, "SMALL", 1)
     lm = load_model(GOLDEN / "qwen2", dtype="float32")
     h, before = torch.randn(1, lm.config.hidden_size), lm.lm_head.weight
     lm.lm_head.__class__ = Half
@@ -177,9 +177,12 @@ def test_a_forward_of_the_readers_own_stays(monkeypatch):
 
 
 def test_a_small_model_keeps_its_own(monkeypatch):
-    """Nothing is timed, and nothing swapped, where any way will do."""
+    """Nothing is timed, and nothing swapped, where any way will do, and where it is said that torch's own is wanted."""
     monkeypatch.setattr(linear, "fastest", None)
     lm = load_model(GOLDEN / "qwen2", dtype="float32")
+    assert linear.use(lm) == "plain"
+    monkeypatch.setattr(linear, "SMALL", 1)
+    monkeypatch.setenv("SLOT_PRODUCTS", "plain")
     assert linear.use(lm) == "plain"
     assert not any("forward" in vars(module) for module in lm.modules())
 
