@@ -251,7 +251,7 @@ def main(args):
     torch.manual_seed(args.seed)                # for a --slot-file that draws
     draw = partial(sampler, args.temperature, args.top_k, args.top_p)
     draws = [partial(draw, args.seed + place) for place in range(len(ids))]
-    if args.picture is not None:                # it notes what fit and draw return
+    if args.picture is not None:                # it looks on at fit and draw
         from study.picture import Picture
         empty, = prompt_ids(args, tokenizer, [("\0", *prompts[0][1:])])
         picture = Picture(args, lm, tokenizer, empty, fit, draws[0])

@@ -125,7 +125,7 @@ def load_model(folder, device="cpu", dtype="auto", part=None):
     """A folder, or a name for `find_model` -> CausalLM, frozen, in evaluation mode.
 
     dtype: "float32", "bfloat16", "float16", or "auto": what config.json names, else what the file
-    holds (of others, float32). Built on the `meta` device, it takes the file's tensors as they are.
+    holds (of others, float32). Built without memory, on `meta`, it takes the file's tensors.
     part: a function of a weight's name and the weight -> what is kept of it; see speed/parallel.py.
     Strict: every weight, no other, in its shape, or one line of ValueError.
     """

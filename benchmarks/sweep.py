@@ -66,12 +66,11 @@ def products(subject, count, say):
         W, swapped = module.weight, getattr(module.forward, "args", None)
         for rows in ROWS:
             say(f"{subject.title}: {name}, {rows} rows")
-            factor = W.T if rows == linear.TRAINED else W       # as `linear.choices` times it
-            x = torch.randn(max(1, rows), factor.shape[1]).to(W.dtype)
+            factors = linear.factors(W, rows)
             spent = {way: [] for way in linear.ways_for(W.dtype, rows)}
             for _ in range(count):                  # in turns, so that a slow minute hits all
                 for way, times in spent.items():
-                    times.append(timed(lambda: way(x, factor, None), 0.05))
+                    times.append(timed(lambda: way(*factors, None), 0.05))
             ms = {way.__name__: 1e3 * median(times) for way, times in spent.items()}
             chosen = linear.way_of(swapped[1], rows).__name__ if swapped else "plain"
             share = min(ms.values()) / ms[chosen]

@@ -4,16 +4,14 @@ import contextlib
 import functools
 import io
 import re
-from pathlib import Path
 
 import torch
 
 import generate
+from checks.options import TINY
 from load_weights import load_model
 from tiny.problems import heldout
 from tokenizer import load_tokenizer
-
-TINY = Path(__file__).resolve().parent.parent / "tiny"
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 TRAINED = 0             # a class of its own: one row that needs a gradient, as δ in slot.py's loop
 # up to so many rows of x: timed with so many
-CLASSES = {TRAINED: 1, 1: 1, 2: 2, 4: 4, 32: 32, 1 << 62: 64}
+CLASSES = {TRAINED: TRAINED, 1: 1, 2: 2, 4: 4, 32: 32, 1 << 62: 64}
 MARGIN = 0.9            # another way must take less than this share of torch's own time
 SMALL = 1 << 20         # numbers in the largest matrix: below, any way will do
 PIECE = 1 << 23         # numbers of the head that are timed: more than a core's own cache holds
@@ -57,6 +57,13 @@ def ways_for(dtype, rows):
     return WAYS.get(dtype, (plain,)) + (vector,) * (rows == 1)
 
 
+def factors(W, rows):
+    """-> x and W as a class is timed. Of a row that needs a gradient that is Wᵀ r, for a row r:
+    emulated bfloat16 can make it 20 times as slow as the product itself."""
+    W = W.T if rows == TRAINED else W
+    return torch.randn(max(1, rows), W.shape[1]).to(W.dtype), W
+
+
 def fastest(ways, x, W):
     """-> the way with the least time; ways[0] unless another is faster by the MARGIN."""
     least = dict.fromkeys(ways, math.inf)
@@ -73,14 +80,9 @@ def fastest(ways, x, W):
 
 
 def choices(W):
-    """-> {most rows: the way for up to so many}, a way for each of CLASSES. Of a row that needs a
-    gradient this is timed, Wᵀ r for a row r: emulated bfloat16 can make it 20 times as slow."""
-    found = {}
-    for most, rows in CLASSES.items():
-        factor = W.T if most == TRAINED else W
-        x = torch.randn(rows, factor.shape[1]).to(W.dtype)
-        found[most] = fastest(ways_for(W.dtype, min(most, rows)), x, factor)
-    return found
+    """-> {most rows: the way for up to so many}, a way for each of CLASSES."""
+    return {most: fastest(ways_for(W.dtype, rows), *factors(W, rows))
+            for most, rows in CLASSES.items()}
 
 
 @torch.no_grad()
@@ -113,8 +115,8 @@ def product(module, table, x):
     """What stands in the place of nn.Linear.forward: x (..., inputs) -> (..., outputs)."""
     W, b = module.weight, module.bias
     rows = x.reshape(-1, x.shape[-1])
-    given = [each for each in (x, W, b) if each is not None]
-    trained = torch.is_grad_enabled() and any(each.requires_grad for each in given)
+    trained = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (x, W, b))
     if len(rows) == 0 or trained and len(rows) > 1:
         return F.linear(x, W, b)
     way = way_of(table, TRAINED if trained else len(rows))

@@ -106,8 +106,7 @@ class Study:
     def __init__(self, args, lm, tokenizer, problems, new):
         self.args, self.lm, self.tokenizer = args, lm, tokenizer
         self.problems, self.new = problems, new
-        self.as_written = bool(speed) and speed.batch.stands_for_slot()
-        self.together = self.as_written and not args.only
+        self.as_written = speed and speed.batch.stands_for_slot()   # so that speed/ may stand in
         self.optimize = slot.optimize_delta
         if args.slot_fast:
             fast = speed.parallel_delta if args.tensor_parallel > 1 else speed.delta
@@ -162,16 +161,16 @@ class Study:
         before = self.hiddens[i][:, -1:]                                    # predicts the first
         if len(reference) > 1:
             tokens = torch.tensor([reference[:-1]], device=before.device)
-            before = torch.cat((before, self.lm.model(tokens, cache)), dim=1)       # (1, A, d)
+            more = self.lm.model(tokens, copy.copy(cache))  # `cache` stays at the prompt's end
+            before = torch.cat((before, more), dim=1)                               # (1, A, d)
         prompt = Text(self.lm.lm_head, self.hiddens[i][0, :-1], ids[1:])
         answer = Text(self.lm.lm_head, before[0], reference, answer=True)
         found = {}
         for setting in settings:
             delta, bias, fit = self.effect(i, setting)
             change = self.change(delta, bias)
-            losses = dict(prompt_loss=prompt.loss(change), answer_loss=answer.loss(change))
-            if not self.as_written:
-                losses["answer_loss"] = self.told(i, reference, cache, delta, bias)
+            losses = dict(prompt_loss=prompt.loss(change), answer_loss=answer.loss(change)
+                          if self.as_written else self.told(i, reference, cache, delta, bias))
             if not all(map(math.isfinite, losses.values())):
                 raise ValueError(f"sample {i}, {setting.name}: a loss is not a finite number; "
                                  "lower the learning rate")
@@ -184,8 +183,7 @@ class Study:
     def told(self, i, reference, cache, delta, bias):
         """The loss of the reference answer where slot.decode may have been edited: by decode
         itself, whose choices are those of the reference."""
-        cache, rest, losses = copy.copy(cache), iter(reference), []
-        cache.pos -= max(0, len(reference) - 1)             # back to the end of the prompt
+        rest, losses = iter(reference), []
 
         def choose(logits):
             logits = logits if bias is None else logits + bias
@@ -193,7 +191,8 @@ class Study:
             losses.append(F.cross_entropy(logits, torch.tensor(id, device=logits.device)).item())
             return id
 
-        list(slot.decode(self.lm, self.hiddens[i], cache, len(reference), delta, choose))
+        hidden, cache = self.hiddens[i], copy.copy(cache)
+        list(slot.decode(self.lm, hidden, cache, len(reference), delta, choose))
         return sum(losses) / max(1, len(losses))
 
     def change(self, delta, bias):
@@ -240,7 +239,7 @@ class Study:
     def prefill(self, rows):
         """-> hidden states and cache of every row, and the seconds that a row took."""
         began, prompts = time.perf_counter(), [self.problems[i].ids for i in rows]
-        if self.together:
+        if self.as_written:
             hiddens, cache = speed.batch.prefill(self.lm, prompts, self.new)
         else:
             hiddens, cache = zip(*[slot.prefill(self.lm, ids, self.new) for ids in prompts])
@@ -254,7 +253,7 @@ class Study:
                    lambda logits, bias=bias: slot.likeliest(logits + bias) for bias in biases]
         began, end = time.perf_counter(), self.tokenizer.eos_ids
         # A use of the cache writes behind the prompt, where the next one writes before it reads.
-        if self.together:
+        if self.as_written:
             choose = slot.likeliest if biases[0] is None else chooses
             deltas = None if deltas[0] is None else list(deltas)
             columns = speed.batch.decode(

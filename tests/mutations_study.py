@@ -9,12 +9,12 @@ TASKS = "tests/test_study_tasks.py"
 
 TABLE = {
     ("study/measure.py", RUN): [
-        ("study: the answer's loss of an edited decode by steer", "if not self.as_written:", "if False:"),
+        ("study: the answer's loss of an edited decode by steer", "if self.as_written else self.told(i", "if True else self.told(i"),
         ("study: δ of the sample's own prompt as wrong-prompt",
          'source = self.partner[i] if setting.what == "wrong-prompt" else i', "source = i"),
         ("study: a random δ of any norm", "delta = noise * (delta.norm() / noise.norm())", "delta = noise"),
         ("study: unigram bias with its mean", "    log_counts -= log_counts.mean()\n", ""),
-        ("study: the reference answer read without the prompt", "self.lm.model(tokens, cache)",
+        ("study: the reference answer read without the prompt", "self.lm.model(tokens, copy.copy(cache))",
          "self.lm.model(tokens)"),
         ("study: the prompt's loss of one token too few",
          "prompt = Text(self.lm.lm_head, self.hiddens[i][0, :-1], ids[1:])",
