@@ -112,13 +112,20 @@ def test_logits(chat):
     assert (first == VALUES[f"best_float32_{chat}"][:, 0]).all()
 
 
-@pytest.mark.parametrize("chat", CHATS)
-def test_logits_in_bfloat16(chat):
-    """Eight bits are lost in other places than in the reference library, but no more of them: both are as far from float32."""
-    ours = logits_of(chat, "bfloat16", 8)[0]
-    exact, theirs = (VALUES[f"slice_{dtype}_{chat}"][:len(ours)] for dtype in ("float32", "bfloat16"))
-    off, off_theirs = (np.sqrt(np.mean((each - exact) ** 2)) for each in (ours, theirs))
-    assert off < 1.25 * off_theirs, f"rms error {off:.3f}, the reference library's {off_theirs:.3f}"
+def test_logits_in_bfloat16():
+    """Eight bits are lost in other places than in the reference library, but no more of them: both are as far from float32.
+
+    A position's logits are compared without their mean: softmax ignores it, and rounding moves it more than all else.
+    (Four instruction sets gave 0.94 to 1.05 of the reference library's error, angles in bfloat16 1.31.)"""
+    squares = {"ours": [], "theirs": []}
+    for chat in CHATS:
+        exact, theirs = (VALUES[f"slice_{dtype}_{chat}"] for dtype in ("float32", "bfloat16"))
+        ours = logits_of(chat, "bfloat16", 8)[0]
+        for name, logits in (("ours", ours), ("theirs", theirs[:len(ours)])):
+            error = logits - exact[:len(ours)]
+            squares[name].append((error - error.mean(1, keepdims=True)) ** 2)
+    off, off_theirs = (np.sqrt(np.concatenate(each).mean()) for each in squares.values())
+    assert off < 1.15 * off_theirs, f"rms error {off:.3f}, the reference library's {off_theirs:.3f}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
