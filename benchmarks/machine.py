@@ -8,6 +8,7 @@ Work is a list of phases (bytes, FLOP): a phase takes as long as the longer of t
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -40,6 +41,16 @@ def timed(call, at_least=0.1):
     return spent / count
 
 
+def working(ways, x, W):
+    """-> those of speed/linear.py's ways to x Wᵀ that this processor and this torch have."""
+    found = []
+    for way in ways:
+        with suppress(RuntimeError, AttributeError):
+            way(x, W, None)
+            found.append(way)
+    return found
+
+
 class Rates:
     """Both rates, anew with every round. The best round is the limit: neighbours only take away."""
 
@@ -54,7 +65,8 @@ class Rates:
         for dtype, rates in self.products.items():
             x, W = torch.randn(1024, 2048), torch.randn(2048, 2048)
             x, W = x.to(DTYPES[dtype]), W.to(DTYPES[dtype])
-            seconds = min(timed(lambda: way(x, W, None)) for way in WAYS[x.dtype])
+            ways = working(WAYS[x.dtype], x, W)
+            seconds = min(timed(lambda: way(x, W, None)) for way in ways)
             rates.append(2 * 1024 * 2048 * 2048 / seconds)
 
     def limit(self, phases, dtype):

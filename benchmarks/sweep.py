@@ -5,11 +5,12 @@
                                            E c, Eᵀ s  2 · 4 n V bytes, the exponentials read twice
                                     W h, of what of E does not fit into the memory
 """
+from itertools import cycle
 from statistics import median
 
 import torch
 
-from benchmarks.machine import timed
+from benchmarks.machine import timed, working
 from benchmarks.stages import STEPS
 from speed import linear
 from speed.delta import KEPT, optimize_delta_fast
@@ -60,21 +61,23 @@ def products(subject, count, say):
     lm, found = subject.lm, []
     names = [way.__name__ for way in linear.ways_for(lm.lm_head.weight.dtype, 1)]  # one row has all
     head = "".join(f"{name:>10}" for name in names)
-    print(f"\nproducts of {subject.title}, ms\n{'':<32}{'rows':>6}{head}    chosen   best/chosen")
-    for name in ("lm_head", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"):
-        module = lm.get_submodule(name)
-        W, swapped = module.weight, getattr(module.forward, "args", None)
+    print(f"\nproducts of {subject.title}, ms\n{'':<12}{'rows':>6}{head}    chosen   best/chosen")
+    for name in ("gate_proj", "down_proj", "lm_head"):
+        modules = [each for path, each in lm.named_modules() if path.endswith(name)]
+        swapped = getattr(modules[0].forward, "args", None)
         for rows in ROWS:
             say(f"{subject.title}: {name}, {rows} rows")
-            factors = linear.factors(W, rows)
-            spent = {way: [] for way in linear.ways_for(W.dtype, rows)}
+            x, matrices = linear.factors([module.weight for module in modules], rows)
+            ways = working(linear.ways_for(x.dtype, rows), x, matrices[0])
+            spent = {way: [] for way in ways}
             for _ in range(count):                  # in turns, so that a slow minute hits all
                 for way, times in spent.items():
-                    times.append(timed(lambda: way(*factors, None), 0.05))
+                    turns = cycle(matrices)         # of all layers: the cache holds one of them
+                    times.append(timed(lambda: way(x, next(turns), None), 0.05))
             ms = {way.__name__: 1e3 * median(times) for way, times in spent.items()}
             chosen = linear.way_of(swapped[1], rows).__name__ if swapped else "plain"
             share = min(ms.values()) / ms[chosen]
             found.append(dict(matrix=name, rows=rows, ms=ms, chosen=chosen, share=share))
             cells = "".join(f"{ms[way]:>10.3f}" if way in ms else " " * 10 for way in names)
-            print(f"{name:<32}{rows:>6}{cells}{chosen:>10}{share:>10.2f}")
+            print(f"{name:<12}{rows:>6}{cells}{chosen:>10}{share:>10.2f}")
     return found

@@ -1,6 +1,7 @@
 """Where prompts come from, and what may be wrong with them."""
 import codecs
 import json
+import math
 import os
 import re
 import select
@@ -131,18 +132,21 @@ def room_left(ids, prompts, new, config):
     return most - longest
 
 
+def free_memory(device):
+    """-> bytes; infinite where nothing tells."""
+    if device.startswith("cuda"):
+        import torch
+        return torch.cuda.mem_get_info(device)[0]
+    if os.path.exists("/proc/meminfo"):
+        text = Path("/proc/meminfo").read_text()
+        return int(re.search(r"MemAvailable: *(\d+)", text)[1]) << 10
+    return math.inf
+
+
 def check_memory(length, vocabulary, device):
     """Does the readable loop of SLOT fit? It holds some four tensors of length × vocabulary in
     float32."""
-    need = 4 * 4 * length * vocabulary
-    if device.startswith("cuda"):
-        import torch
-        free = torch.cuda.mem_get_info(device)[0]
-    elif os.path.exists("/proc/meminfo"):
-        text = Path("/proc/meminfo").read_text()
-        free = int(re.search(r"MemAvailable: *(\d+)", text)[1]) << 10
-    else:
-        return
+    need, free = 4 * 4 * length * vocabulary, free_memory(device)
     if need > free:
         raise ValueError(f"SLOT's readable loop needs {need / 2**30:.1f} GiB for {length} tokens "
                          f"and {free / 2**30:.1f} are free; --slot-fast gives the same numbers "

@@ -6,20 +6,24 @@ processor, dtype, matrix and number of rows. So nothing here asks what the proce
 in the environment leaves torch's own.
 """
 import functools
+import itertools
 import math
 import os
 import time
+from contextlib import suppress
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from checks.prompts import free_memory
 
 TRAINED = 0             # a class of its own: one row that needs a gradient, as δ in slot.py's loop
 # up to so many rows of x: timed with so many
 CLASSES = {TRAINED: TRAINED, 1: 1, 2: 2, 4: 4, 32: 32, 1 << 62: 64}
 MARGIN = 0.9            # another way must take less than this share of torch's own time
 SMALL = 1 << 20         # numbers in the largest matrix: below, any way will do
-PIECE = 1 << 23         # numbers of the head that are timed: more than a core's own cache holds
+LOOKS = 7               # so many layers, and 16ths of the head, are timed: a cache holds fewer
 
 
 def plain(x, W, b):
@@ -27,8 +31,17 @@ def plain(x, W, b):
 
 
 def onednn(x, W, b):
-    """oneDNN by the entry that torch's compiler uses; F.linear asks MKL for float32."""
+    """oneDNN by the entry that torch's compiler uses, on W as `pack` left it if it did."""
+    of, copy = getattr(W, "packed", (None, None))
+    W = copy if of == (W.data_ptr(), W._version) else W     # W has not changed since
     return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
+
+
+def pack(W):
+    """Keep a copy of W in oneDNN's own layout with W: else every product orders 16 bits anew."""
+    with suppress(RuntimeError, AttributeError):        # not for this processor, or this torch
+        copy = torch.ops.mkldnn._reorder_linear_weight(W.detach())
+        W.packed = (W.data_ptr(), W._version), copy
 
 
 def vector(x, W, b):
@@ -47,7 +60,7 @@ def float32(x, W, b):
     return out if b is None else out + b
 
 
-BITS_16 = (plain, float32)
+BITS_16 = (plain, onednn, float32)
 WAYS = {torch.float32: (plain, onednn), torch.bfloat16: BITS_16, torch.float16: BITS_16}
 
 
@@ -57,51 +70,57 @@ def ways_for(dtype, rows):
     return WAYS.get(dtype, (plain,)) + (vector,) * (rows == 1)
 
 
-def factors(W, rows):
-    """-> x and W as a class is timed. Of a row that needs a gradient that is Wᵀ r, for a row r:
-    emulated bfloat16 can make it 20 times as slow as the product itself."""
-    W = W.T if rows == TRAINED else W
-    return torch.randn(max(1, rows), W.shape[1]).to(W.dtype), W
+def factors(matrices, rows):
+    """-> x and the W's as a class is timed. Of a row that needs a gradient that is Wᵀ r, for a row
+    r: emulated bfloat16 can make it 20 times as slow as the product itself."""
+    matrices = [W.T if rows == TRAINED else W for W in matrices]
+    return torch.randn(max(1, rows), matrices[0].shape[1]).to(matrices[0].dtype), matrices
 
 
-def fastest(ways, x, W):
+def fastest(ways, x, matrices):
     """-> the way with the least time; ways[0] unless another is faster by the MARGIN."""
-    least = dict.fromkeys(ways, math.inf)
+    least, turns = dict.fromkeys(ways, math.inf), itertools.cycle(matrices)
     for _ in range(3):                                  # in turns; the first warms up
         for way in ways:
+            W = next(turns)                             # not the one that the cache still holds
             began = time.perf_counter()
-            try:
+            with suppress(RuntimeError, AttributeError):        # this torch does not have it
                 way(x, W, None)
-            except (RuntimeError, AttributeError):      # this torch does not have it
-                continue
-            least[way] = min(least[way], time.perf_counter() - began)
+                least[way] = min(least[way], time.perf_counter() - began)
     best = min(least, key=least.get)
     return best if least[best] < MARGIN * least[ways[0]] else ways[0]
 
 
-def choices(W):
+def choices(matrices):
     """-> {most rows: the way for up to so many}, a way for each of CLASSES."""
-    return {most: fastest(ways_for(W.dtype, rows), *factors(W, rows))
+    return {most: fastest(ways_for(matrices[0].dtype, rows), *factors(matrices, rows))
             for most, rows in CLASSES.items()}
 
 
 @torch.no_grad()
 def use(lm):
     """Swap the products of lm's nn.Linear for this machine's fastest; same values up to rounding.
-    -> their names, for the statistics line. Takes 0.2 to 0.4 s for a model of 0.5 B parameters, up
-    to 0.8 where 16 bits are emulated, nothing for a small one or on a GPU."""
-    head, matrix = lm.lm_head.weight, lm.model.layers[0].mlp.gate_proj.weight
+    -> their names, for the statistics line. Takes 0.2 to 0.8 s for a model of 0.5 B parameters,
+    nothing for a small one or on a GPU. Packed weights need as much memory again; later changes
+    by way of W.data do not reach them."""
+    head = lm.lm_head.weight
     small = head.numel() < SMALL
     if head.is_cpu and small:
         torch.set_num_threads(1)                        # a second thread would come too late
     if not head.is_cpu or small or os.environ.get("SLOT_PRODUCTS") == "plain":
         return "plain"
-
-    # the head is far larger: another way may be the fastest, and a piece of it tells
-    of_layers, of_head = choices(matrix), choices(head[:PIECE // head.shape[1]])
+    matrices = [layer.mlp.gate_proj.weight.detach() for layer in lm.model.layers[:LOOKS]]
+    pieces = head.split(len(head) // 16 + 1)[:LOOKS]    # of its size another way may be fastest
+    room = head.itemsize == 2 and free_memory("cpu") > 2 * sum(W.nbytes for W in lm.parameters())
+    if room:
+        for W in (*matrices, *pieces):
+            pack(W)
+    of_layers, of_head = choices(matrices), choices(pieces)
     for module in lm.modules():
         if type(module).forward is nn.Linear.forward:       # not what a reader has written
             table = of_head if module is lm.lm_head else of_layers
+            if room and onednn in table.values():
+                pack(module.weight)
             module.forward = functools.partial(product, module, table)
     return ", ".join(sorted({way.__name__ for way in (*of_layers.values(), *of_head.values())}))
 

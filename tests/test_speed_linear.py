@@ -28,8 +28,21 @@ def no_choice_from_outside(monkeypatch):
     monkeypatch.delenv("SLOT_PRODUCTS", raising=False)
 
 
+def works(way, dtype):
+    try:
+        return way(torch.zeros(1, 2, dtype=dtype), torch.zeros(3, 2, dtype=dtype), None) is not None
+    except RuntimeError:
+        return False
+
+
+def skip_unless_works(way, dtype):
+    if not works(way, dtype):
+        pytest.skip(f"this processor or this torch has no {way.__name__} of {dtype}")
+
+
 def swap(layer, way):
     """What `use` does to a layer: one row by `way`, more as well, and a gradient, where it can."""
+    skip_unless_works(way, layer.weight.dtype)
     more = linear.plain if way is linear.vector else way
     trained = way if way in linear.ways_for(layer.weight.dtype, linear.TRAINED) else linear.plain
     table = {linear.TRAINED: trained, 1: way, 1 << 62: more}
@@ -61,6 +74,29 @@ def test_products(dtype, way, outputs, inputs):
             assert y.shape == (*rows, outputs) and y.dtype == dtype
             off = relative_rms(y, exact) if len(y.flatten()) else 0
             assert off < CLOSE[dtype], f"{rows}, bias {bias is not None}: relative rms error {off:.1e}"
+
+
+@torch.no_grad()
+def test_packed_weights():
+    """The same values to the bit from the packed copy, which is in use; a W that has changed since, in place or by another
+    tensor in its place, is multiplied as it is now; what cannot be packed is not."""
+    layer, draw = random_layer(100, 64, torch.bfloat16)
+    W, x = swap(layer, linear.onednn).weight, torch.randn(3, 64, generator=draw).to(torch.bfloat16)
+    before = layer(x)
+    linear.pack(W)
+    assert (layer(x) == before).all()
+    other = torch.zeros_like(W)
+    linear.pack(other)
+    W.packed = W.packed[0], other.packed[1]
+    assert (layer(x) == layer.bias).all(), "the copy is not what is multiplied"
+    W.mul_(2)
+    assert relative_rms(layer(x) - layer.bias, 2 * (before - layer.bias)) < 0.01
+    linear.pack(W)
+    W.data = W.data / 2
+    assert (layer(x) == before).all()
+    whole = torch.ones(2, 2, dtype=torch.int64)
+    linear.pack(whole)
+    assert not hasattr(whole, "packed")
 
 
 def test_a_slice_is_multiplied_without_a_copy_of_the_weight():
@@ -114,11 +150,15 @@ def test_a_bias_alone_can_be_trained(dtype, way):
 # ---- a model ---------------------------------------------------------------------------------------------
 
 
+def weights_of(lm):
+    return [module.weight for module in lm.modules() if isinstance(module, nn.Linear)]
+
+
 def used(name, dtype, way, monkeypatch):
     """A golden model with its products forced -> the model, what it says of them, and the golden values.
     Where `way` cannot be, torch's own stands."""
     monkeypatch.setattr(linear, "SMALL", 1)
-    monkeypatch.setattr(linear, "fastest", lambda ways, x, W: next((each for each in ways if each.__name__ == way), ways[0]))
+    monkeypatch.setattr(linear, "fastest", lambda ways, x, matrices: next((each for each in ways if each.__name__ == way), ways[0]))
     lm = load_model(GOLDEN / name, dtype=dtype)
     return lm, linear.use(lm), load_golden(name)[1]
 
@@ -137,18 +177,31 @@ def test_models_in_float32(name, way, monkeypatch):
         assert list(generate(lm, tokens, len(new))) == new
 
 
-@pytest.mark.parametrize("way", ["plain", "vector", "float32"])
+@pytest.mark.parametrize("way", ["plain", "onednn", "vector", "float32"])
 @pytest.mark.parametrize("name", HALF)
 @torch.no_grad()
 def test_models_in_16_bits(name, way, monkeypatch):
+    skip_unless_works(getattr(linear, way), HALF[name])
     lm, said, golden = used(name, "auto", way, monkeypatch)
     assert said == ", ".join(sorted({way, "plain"}))
+    assert {hasattr(W, "packed") for W in weights_of(lm)} == {way == "onednn"}
     allowed = {torch.bfloat16: 0.03, torch.float16: 0.005}[HALF[name]]
     for rows in (1, 2):
         logits = lm(golden["prompt"][:rows])
         assert logits.dtype == HALF[name]
         off = relative_rms(logits, golden["logits"][:rows])
         assert off < allowed, f"{name}, {rows} rows: relative rms error {off:.2e}"
+
+
+@pytest.mark.parametrize("name, dtype, free, packed", [
+    ("qwen2", "float32", 1 << 60, False), ("llama_bf16", "auto", 2.1, True), ("llama_bf16", "auto", 1.9, False)])
+def test_weights_are_packed_where_that_pays_and_there_is_room(name, dtype, free, packed, monkeypatch):
+    """16 bits, and memory for twice the weights; a packed W that is not multiplied by is not kept."""
+    skip_unless_works(linear.onednn, torch.bfloat16)
+    size = sum(parameter.nbytes for parameter in load_model(GOLDEN / name, dtype=dtype).parameters())
+    monkeypatch.setattr(linear, "free_memory", lambda device: free * size)
+    lm, *_ = used(name, dtype, "onednn", monkeypatch)
+    assert {hasattr(W, "packed") for W in weights_of(lm)} == {packed}
 
 
 @pytest.mark.parametrize("way", ["onednn", "vector"])
@@ -198,16 +251,19 @@ def test_the_stopwatch_decides(dtype, monkeypatch):
         before = lm(tokens)
     asked = []
 
-    def fastest(ways, x, W):
-        asked.append((len(x), W.shape, ways[len(asked) % 5 % len(ways)]))
+    def fastest(ways, x, matrices):
+        shape, = {W.shape for W in matrices}
+        ways = [way for way in ways if works(way, dtype)]
+        asked.append((len(x), shape, ways[len(asked) % 5 % len(ways)]))
         return asked[-1][-1]
 
     monkeypatch.setattr(linear, "fastest", fastest)
     said = linear.use(lm)
     matrix, head = lm.model.layers[0].mlp.gate_proj, lm.lm_head
+    piece = head.weight[:len(head.weight) // 16 + 1]
     assert [(rows, shape) for rows, shape, _ in asked] == [
         (max(1, rows), W.shape if rows else W.T.shape)
-        for W in (matrix.weight, head.weight) for rows in linear.CLASSES.values()]
+        for W in (matrix.weight, piece) for rows in linear.CLASSES.values()]
     assert said == ", ".join(sorted({way.__name__ for *_, way in asked}))
     of_layers, of_head = asked[:len(asked) // 2], asked[len(asked) // 2:]
     assert [way for *_, way in of_layers] != [way for *_, way in of_head]
@@ -244,7 +300,7 @@ def test_fastest(monkeypatch):
         return call
 
     def fastest(*ways):
-        return linear.fastest(ways, None, None).__name__
+        return linear.fastest(ways, None, [None]).__name__
 
     own, nearly, warms_up = way("own", 10), way("nearly", 9.5), way("warms up", 20, 30, 5, 30)
     slow, missing = way("slow", 50), way("missing")
