@@ -20,7 +20,7 @@ from checks.prompts import free_memory
 
 TRAINED = 0             # a class of its own: one row that needs a gradient, as δ in slot.py's loop
 # up to so many rows of x: timed with so many
-CLASSES = {TRAINED: TRAINED, 1: 1, 2: 2, 4: 4, 32: 32, 1 << 62: 64}
+CLASSES = {TRAINED: TRAINED, 1: 1, 2: 2, 4: 4, 8: 8, 32: 32, 1 << 62: 64}
 MARGIN = 0.9            # another way must take less than this share of torch's own time
 SMALL = 1 << 20         # numbers in the largest matrix: below, any way will do
 LOOKS = 7               # so many layers, and 16ths of the head, are timed: a cache holds fewer
@@ -38,7 +38,7 @@ def onednn(x, W, b):
 
 
 def pack(W):
-    """Keep a copy of W in oneDNN's own layout with W: else every product orders 16 bits anew."""
+    """Keep a copy of W in oneDNN's own layout with W: else every product brings it there anew."""
     with suppress(RuntimeError, AttributeError):        # not for this processor, or this torch
         copy = torch.ops.mkldnn._reorder_linear_weight(W.detach())
         W.packed = (W.data_ptr(), W._version), copy
@@ -111,7 +111,7 @@ def use(lm):
         return "plain"
     matrices = [layer.mlp.gate_proj.weight.detach() for layer in lm.model.layers[:LOOKS]]
     pieces = head.split(len(head) // 16 + 1)[:LOOKS]    # of its size another way may be fastest
-    room = head.itemsize == 2 and free_memory("cpu") > 2 * sum(W.nbytes for W in lm.parameters())
+    room = free_memory("cpu") > 2 * sum(parameter.nbytes for parameter in lm.parameters())
     if room:
         for W in (*matrices, *pieces):
             pack(W)

@@ -76,24 +76,25 @@ def test_products(dtype, way, outputs, inputs):
             assert off < CLOSE[dtype], f"{rows}, bias {bias is not None}: relative rms error {off:.1e}"
 
 
+@dtypes
 @torch.no_grad()
-def test_packed_weights():
-    """The same values to the bit from the packed copy, which is in use; a W that has changed since, in place or by another
+def test_packed_weights(dtype):
+    """The same values from the packed copy, which is what is multiplied; a W that has changed since, in place or by another
     tensor in its place, is multiplied as it is now; what cannot be packed is not."""
-    layer, draw = random_layer(100, 64, torch.bfloat16)
-    W, x = swap(layer, linear.onednn).weight, torch.randn(3, 64, generator=draw).to(torch.bfloat16)
+    layer, draw = random_layer(100, 64, dtype)
+    W, x = swap(layer, linear.onednn).weight, torch.randn(3, 64, generator=draw).to(dtype)
     before = layer(x)
     linear.pack(W)
-    assert (layer(x) == before).all()
+    assert relative_rms(layer(x), before) < CLOSE[dtype]
     other = torch.zeros_like(W)
     linear.pack(other)
     W.packed = W.packed[0], other.packed[1]
     assert (layer(x) == layer.bias).all(), "the copy is not what is multiplied"
     W.mul_(2)
-    assert relative_rms(layer(x) - layer.bias, 2 * (before - layer.bias)) < 0.01
+    assert relative_rms(layer(x) - layer.bias, 2 * (before - layer.bias)) < 2 * CLOSE[dtype]
     linear.pack(W)
     W.data = W.data / 2
-    assert (layer(x) == before).all()
+    assert relative_rms(layer(x), before) < CLOSE[dtype]
     whole = torch.ones(2, 2, dtype=torch.int64)
     linear.pack(whole)
     assert not hasattr(whole, "packed")
@@ -193,14 +194,11 @@ def test_models_in_16_bits(name, way, monkeypatch):
         assert off < allowed, f"{name}, {rows} rows: relative rms error {off:.2e}"
 
 
-@pytest.mark.parametrize("name, dtype, free, packed", [
-    ("qwen2", "float32", 1 << 60, False), ("llama_bf16", "auto", 2.1, True), ("llama_bf16", "auto", 1.9, False)])
-def test_weights_are_packed_where_that_pays_and_there_is_room(name, dtype, free, packed, monkeypatch):
-    """16 bits, and memory for twice the weights; a packed W that is not multiplied by is not kept."""
-    skip_unless_works(linear.onednn, torch.bfloat16)
-    size = sum(parameter.nbytes for parameter in load_model(GOLDEN / name, dtype=dtype).parameters())
+@pytest.mark.parametrize("way, free, packed", [("onednn", 2.1, True), ("onednn", 1.9, False), ("vector", 2.1, False)])
+def test_weights_are_packed_where_that_pays_and_there_is_room(way, free, packed, monkeypatch):
+    size = sum(parameter.nbytes for parameter in load_model(GOLDEN / "qwen2", dtype="float32").parameters())
     monkeypatch.setattr(linear, "free_memory", lambda device: free * size)
-    lm, *_ = used(name, dtype, "onednn", monkeypatch)
+    lm, *_ = used("qwen2", "float32", way, monkeypatch)
     assert {hasattr(W, "packed") for W in weights_of(lm)} == {packed}
 
 
@@ -277,9 +275,9 @@ def test_the_stopwatch_decides(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("rows, way", [
-    (linear.TRAINED, "trained"), (1, "one"), (2, "two"), (3, "few"), (4, "few"), (5, "some"), (32, "some"), (33, "more"), (9999, "more")])
+    (linear.TRAINED, "trained"), (1, "one"), (2, "two"), (3, "few"), (4, "few"), (5, "eight"), (8, "eight"), (9, "some"), (32, "some"), (33, "more"), (9999, "more")])
 def test_classes_of_rows(rows, way):
-    assert linear.way_of(dict(zip(linear.CLASSES, ["trained", "one", "two", "few", "some", "more"])), rows) == way
+    assert linear.way_of(dict(zip(linear.CLASSES, ["trained", "one", "two", "few", "eight", "some", "more"])), rows) == way
 
 
 def test_fastest(monkeypatch):
@@ -308,6 +306,13 @@ def test_fastest(monkeypatch):
     assert fastest(own, warms_up, missing) == "warms up"
     assert fastest(own, missing) == fastest(missing, own) == "own"
     assert fastest(way("cold", 99, 9, 9, 9), own) == "cold"
+
+
+def test_each_look_is_at_another_matrix():
+    """What one way has just read the cache would hand to the next."""
+    seen = []
+    linear.fastest([lambda x, W, b: seen.append(W)] * 2, None, list(range(linear.LOOKS)))
+    assert len(set(seen)) == len(seen) == 6
 
 
 def test_use_times_what_it_has(monkeypatch):
