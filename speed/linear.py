@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from checks.prompts import free_memory
 
 TRAINED = 0             # a class of its own: one row that needs a gradient, as δ in slot.py's loop
-# up to so many rows of x: timed with so many
-CLASSES = {TRAINED: TRAINED, 1: 1, 2: 2, 4: 4, 8: 8, 32: 32, 1 << 62: 64}
+CLASSES = {TRAINED: TRAINED, 1: 1, 2: 2, 4: 4, 8: 8, 32: 32, 1 << 62: 64}  # up to: timed with
 MARGIN = 0.9            # another way must take less than this share of torch's own time
 SMALL = 1 << 20         # numbers in the largest matrix: below, any way will do
-LOOKS = 7               # so many layers, and 16ths of the head, are timed: a cache holds fewer
+LOOK = 0.002            # seconds that a way is looked at, at least, three times
+COLD = 7                # so many layers, and 16ths of the head, are timed: a cache holds fewer
 
 
 def plain(x, W, b):
@@ -82,11 +82,12 @@ def fastest(ways, x, matrices):
     least, turns = dict.fromkeys(ways, math.inf), itertools.cycle(matrices)
     for _ in range(3):                                  # in turns; the first warms up
         for way in ways:
-            W = next(turns)                             # not the one that the cache still holds
-            began = time.perf_counter()
+            began, calls, spent = time.perf_counter(), 0, 0
             with suppress(RuntimeError, AttributeError):        # this torch does not have it
-                way(x, W, None)
-                least[way] = min(least[way], time.perf_counter() - began)
+                while spent < LOOK:
+                    way(x, next(turns), None)           # never a W that the cache still holds
+                    calls, spent = calls + 1, time.perf_counter() - began
+                least[way] = min(least[way], spent / calls)
     best = min(least, key=least.get)
     return best if least[best] < MARGIN * least[ways[0]] else ways[0]
 
@@ -100,21 +101,20 @@ def choices(matrices):
 @torch.no_grad()
 def use(lm):
     """Swap the products of lm's nn.Linear for this machine's fastest; same values up to rounding.
-    -> their names, for the statistics line. Takes 0.2 to 0.8 s for a model of 0.5 B parameters,
-    nothing for a small one or on a GPU. Packed weights need as much memory again; later changes
-    by way of W.data do not reach them."""
+    -> their names, for the statistics line. Takes some 0.3 s, and the time to write the weights
+    once more where packed ones win, if twice as much memory is free; nothing for a small model or
+    on a GPU. Packed weights notice a later change of W, but not one by way of W.data."""
     head = lm.lm_head.weight
     small = head.numel() < SMALL
     if head.is_cpu and small:
         torch.set_num_threads(1)                        # a second thread would come too late
     if not head.is_cpu or small or os.environ.get("SLOT_PRODUCTS") == "plain":
         return "plain"
-    matrices = [layer.mlp.gate_proj.weight.detach() for layer in lm.model.layers[:LOOKS]]
-    pieces = head.split(len(head) // 16 + 1)[:LOOKS]    # of its size another way may be fastest
+    matrices = [layer.mlp.gate_proj.weight.detach() for layer in lm.model.layers[:COLD]]
+    pieces = head.split(len(head) // 16 + 1)[:COLD]    # of its size another way may be fastest
     room = free_memory("cpu") > 2 * sum(parameter.nbytes for parameter in lm.parameters())
-    if room:
-        for W in (*matrices, *pieces):
-            pack(W)
+    for W in (*matrices, *pieces) if room else ():
+        pack(W)
     of_layers, of_head = choices(matrices), choices(pieces)
     for module in lm.modules():
         if type(module).forward is nn.Linear.forward:       # not what a reader has written

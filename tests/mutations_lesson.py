@@ -185,7 +185,7 @@ TABLE = {
         ("bias dropped by oneDNN", 'pointwise(x, W, b, "none"', 'pointwise(x, W, None, "none"'),
         ("a changed W is multiplied as it was packed", "copy if of == (W.data_ptr(), W._version) else W", "copy if of else W"),
         ("packed without room for a second copy", "free_memory(\"cpu\") > 2 *", "free_memory(\"cpu\") > 1 *"),
-        ("one matrix is timed, which the cache holds", "W = next(turns)", "W = matrices[0]"),
+        ("one matrix is timed, which the cache holds", "next(turns), None)", "matrices[0], None)"),
         ("bias dropped where one row is a vector", "y = torch.mv(W, x[0])[None]\n    return y if b is None else y + b",
          "y = torch.mv(W, x[0])[None]\n    return y"),
         ("the head takes the layers' choice", "of_head if module is lm.lm_head else of_layers", "of_layers"),
