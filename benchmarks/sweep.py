@@ -69,6 +69,9 @@ def products(subject, count, say):
             say(f"{subject.title}: {name}, {rows} rows")
             x, matrices = linear.factors([module.weight for module in modules], rows)
             ways = working(linear.ways_for(x.dtype, rows), x, matrices[0])
+            for way in ways:
+                for W in matrices:                  # its packed copy has been read once, then
+                    way(x[:1], W, None)
             spent = {way: [] for way in ways}
             for _ in range(count):                  # in turns, so that a slow minute hits all
                 for way, times in spent.items():

@@ -132,15 +132,23 @@ def room_left(ids, prompts, new, config):
     return most - longest
 
 
+CGROUP = Path("/sys/fs/cgroup")         # what a container may use stands here
+
+
 def free_memory(device):
     """-> bytes; infinite where nothing tells."""
     if device.startswith("cuda"):
         import torch
         return torch.cuda.mem_get_info(device)[0]
+    free, limit = math.inf, CGROUP / "memory.max"
     if os.path.exists("/proc/meminfo"):
         text = Path("/proc/meminfo").read_text()
-        return int(re.search(r"MemAvailable: *(\d+)", text)[1]) << 10
-    return math.inf
+        free = int(re.search(r"MemAvailable: *(\d+)", text)[1]) << 10
+    if limit.exists() and limit.read_text().strip() != "max":
+        cached = re.search(r"inactive_file (\d+)", (CGROUP / "memory.stat").read_text())[1]
+        used = int((CGROUP / "memory.current").read_text()) - int(cached)
+        free = min(free, int(limit.read_text()) - used)
+    return free
 
 
 def check_memory(length, vocabulary, device):

@@ -137,8 +137,6 @@ def generate_batch(lm, prompts, max_new_tokens, steps=0, lr=0.01, choose=slot.li
     hiddens, cache = prefill(lm, prompts, max_new_tokens)
     deltas = None
     if steps > 0:
-        deltas = []
-        for hidden, tokens in zip(hiddens, prompts):
-            delta, _ = optimize(hidden, tokens, lm.lm_head, steps, lr)
-            deltas.append(delta)
+        deltas = [optimize(hidden, tokens, lm.lm_head, steps, lr)[0]
+                  for hidden, tokens in zip(hiddens, prompts)]
     yield from decode(lm, hiddens, cache, max_new_tokens, deltas, choose, eos_ids)

@@ -2,8 +2,7 @@
 
 No way is the best everywhere: torch's own product can take twice as long as another, or half, by
 processor, dtype, matrix and number of rows. So nothing here asks what the processor is called:
-`use` times the ways on the model's own matrices, once, and takes the fastest. SLOT_PRODUCTS=plain
-in the environment leaves torch's own.
+`use` times the ways on the model's own matrices and takes the fastest; SLOT_PRODUCTS=plain: none.
 """
 import functools
 import itertools
@@ -13,17 +12,17 @@ import time
 from contextlib import suppress
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from checks.prompts import free_memory
 
 TRAINED = 0             # a class of its own: one row that needs a gradient, as δ in slot.py's loop
-CLASSES = {TRAINED: TRAINED, 1: 1, 2: 2, 4: 4, 8: 8, 32: 32, 1 << 62: 64}  # up to: timed with
+# up to so many rows of x: timed with so many
+CLASSES = {TRAINED: TRAINED, 1: 1, 2: 2, 4: 4, 8: 8, 32: 32, 1 << 62: 64}
 MARGIN = 0.9            # another way must take less than this share of torch's own time
 SMALL = 1 << 20         # numbers in the largest matrix: below, any way will do
 LOOK = 0.002            # seconds that a way is looked at, at least, three times
-COLD = 7                # so many layers, and 16ths of the head, are timed: a cache holds fewer
+COLD = 7                # so many layers and 16ths of the head are timed in turn: few caches hold all
 
 
 def plain(x, W, b):
@@ -31,17 +30,18 @@ def plain(x, W, b):
 
 
 def onednn(x, W, b):
-    """oneDNN by the entry that torch's compiler uses, on W as `pack` left it if it did."""
-    of, copy = getattr(W, "packed", (None, None))
-    W = copy if of == (W.data_ptr(), W._version) else W     # W has not changed since
+    """oneDNN by the entry that torch's compiler uses, on the packed copy of W if there is one."""
+    of, version, copy = getattr(W, "packed", (W, None, None))
+    if version == W._version and of.data_ptr() == W.data_ptr():     # W is still what was packed
+        W = copy
     return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
 
 
 def pack(W):
-    """Keep a copy of W in oneDNN's own layout with W: else every product brings it there anew."""
+    """Keep, with W, a copy in oneDNN's own layout: else it rearranges W in every product."""
     with suppress(RuntimeError, AttributeError):        # not for this processor, or this torch
         copy = torch.ops.mkldnn._reorder_linear_weight(W.detach())
-        W.packed = (W.data_ptr(), W._version), copy
+        W.packed = W.detach(), W._version, copy
 
 
 def vector(x, W, b):
@@ -85,7 +85,7 @@ def fastest(ways, x, matrices):
             began, calls, spent = time.perf_counter(), 0, 0
             with suppress(RuntimeError, AttributeError):        # this torch does not have it
                 while spent < LOOK:
-                    way(x, next(turns), None)           # never a W that the cache still holds
+                    way(x, next(turns), None)
                     calls, spent = calls + 1, time.perf_counter() - began
                 least[way] = min(least[way], spent / calls)
     best = min(least, key=least.get)
@@ -101,9 +101,9 @@ def choices(matrices):
 @torch.no_grad()
 def use(lm):
     """Swap the products of lm's nn.Linear for this machine's fastest; same values up to rounding.
-    -> their names, for the statistics line. Takes some 0.3 s, and the time to write the weights
-    once more where packed ones win, if twice as much memory is free; nothing for a small model or
-    on a GPU. Packed weights notice a later change of W, but not one by way of W.data."""
+    -> their names, for the statistics line. Takes 0.3 to 0.8 s, nothing for a small model or on a
+    GPU. Where packed weights win, and twice their memory is free, they are written once more: save
+    lm.state_dict() then, not lm. Later changes of W are noticed, but not W.data[...] = in place."""
     head = lm.lm_head.weight
     small = head.numel() < SMALL
     if head.is_cpu and small:
@@ -112,13 +112,15 @@ def use(lm):
         return "plain"
     matrices = [layer.mlp.gate_proj.weight.detach() for layer in lm.model.layers[:COLD]]
     pieces = head.split(len(head) // 16 + 1)[:COLD]    # of its size another way may be fastest
-    room = free_memory("cpu") > 2 * sum(parameter.nbytes for parameter in lm.parameters())
+    size = sum(W.nbytes for W in lm.parameters()) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room = 2 * size < free_memory("cpu") < math.inf
     for W in (*matrices, *pieces) if room else ():
         pack(W)
     of_layers, of_head = choices(matrices), choices(pieces)
     for module in lm.modules():
-        if type(module).forward is nn.Linear.forward:       # not what a reader has written
+        if type(module).forward is torch.nn.Linear.forward:       # not what a reader has written
             table = of_head if module is lm.lm_head else of_layers
+            vars(module.weight).pop("packed", None)
             if room and onednn in table.values():
                 pack(module.weight)
             module.forward = functools.partial(product, module, table)
@@ -131,7 +133,7 @@ def way_of(table, rows):
 
 
 def product(module, table, x):
-    """What stands in the place of nn.Linear.forward: x (..., inputs) -> (..., outputs)."""
+    """What stands in the place of torch.nn.Linear.forward: x (..., inputs) -> (..., outputs)."""
     W, b = module.weight, module.bias
     rows = x.reshape(-1, x.shape[-1])
     trained = torch.is_grad_enabled() and any(

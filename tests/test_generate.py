@@ -12,10 +12,11 @@ import signal
 import pytest
 import torch
 
+import checks.prompts
 import forks
 import generate as command_file
 import slot
-from checks.prompts import check_memory
+from checks.prompts import check_memory, free_memory
 from generate import sampler
 from hostile import ROOT, build, command, write
 from load_weights import load_model, read_safetensors, write_safetensors
@@ -204,6 +205,18 @@ def test_the_loop_that_needs_too_much_memory_is_refused():
     with pytest.raises(ValueError, match=r"needs 14[0-9]{3}\.\d GiB for 1000000 tokens .* --slot-fast"):
         check_memory(1_000_000, 1_000_000, "cpu")
     check_memory(10, 1000, "cpu")
+
+
+def test_a_container_may_have_less_memory_than_its_machine(tmp_path, monkeypatch):
+    """What it uses for files that could be read again counts as free."""
+    monkeypatch.setattr(checks.prompts, "CGROUP", tmp_path)
+    machine = free_memory("cpu")
+    assert machine > 5000
+    for name, text in (("memory.current", "4000"), ("memory.stat", "anon 1000\ninactive_file 3000\n"), ("memory.max", "max")):
+        (tmp_path / name).write_text(text + "\n")
+    assert free_memory("cpu") > 5000
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert free_memory("cpu") == 4000
 
 
 # ---- what δ changes --------------------------------------------------------------------------------------
