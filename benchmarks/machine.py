@@ -3,7 +3,6 @@
 Every limit comes from two rates, measured in the same run as what they are held against:
     read      bytes/s of the fastest way that torch has to read more than the caches hold
     multiply  FLOP/s of a large matrix product in a dtype, by the fastest way of speed/linear.py
-Work is a list of phases (bytes, FLOP): a phase takes as long as the longer of the two.
 """
 import os
 import platform
@@ -41,12 +40,13 @@ def timed(call, at_least=0.1):
     return spent / count
 
 
-def working(ways, x, W):
-    """-> those of speed/linear.py's ways to x Wᵀ that this processor and this torch have."""
+def working(ways, x, matrices):
+    """-> those of the ways to x Wᵀ that this machine's torch has, each called once with every W."""
     found = []
     for way in ways:
         with suppress(RuntimeError, AttributeError):
-            way(x, W, None)
+            for W in matrices:
+                way(x, W, None)
             found.append(way)
     return found
 
@@ -63,10 +63,8 @@ class Rates:
         seconds = min(timed(self.memory.sum), timed(lambda: torch.mv(matrix, matrix[0])))
         self.reads.append(self.memory.nbytes / seconds)
         for dtype, rates in self.products.items():
-            x, W = torch.randn(1024, 2048), torch.randn(2048, 2048)
-            x, W = x.to(DTYPES[dtype]), W.to(DTYPES[dtype])
-            ways = working(WAYS[x.dtype], x, W)
-            seconds = min(timed(lambda: way(x, W, None)) for way in ways)
+            x, W = (torch.randn(rows, 2048).to(DTYPES[dtype]) for rows in (1024, 2048))
+            seconds = min(timed(lambda: way(x, W, None)) for way in working(WAYS[x.dtype], x, [W]))
             rates.append(2 * 1024 * 2048 * 2048 / seconds)
 
     def limit(self, phases, dtype):
@@ -87,7 +85,6 @@ def memory_of(call):
     def status(key):
         text = Path("/proc/self/status").read_text()
         return int(text.split(f"{key}:")[1].split()[0]) / 1024
-
     Path("/proc/self/clear_refs").write_text("5")       # the peak begins anew
     before = status("VmRSS")
     call()

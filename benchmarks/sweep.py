@@ -68,11 +68,7 @@ def products(subject, count, say):
         for rows in ROWS:
             say(f"{subject.title}: {name}, {rows} rows")
             x, matrices = linear.factors([module.weight for module in modules], rows)
-            ways = working(linear.ways_for(x.dtype, rows), x, matrices[0])
-            for way in ways:
-                for W in matrices:                  # its packed copy has been read once, then
-                    way(x[:1], W, None)
-            spent = {way: [] for way in ways}
+            spent = {way: [] for way in working(linear.ways_for(x.dtype, rows), x[:1], matrices)}
             for _ in range(count):                  # in turns, so that a slow minute hits all
                 for way, times in spent.items():
                     turns = cycle(matrices)         # of all layers: the cache holds one of them
