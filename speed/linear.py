@@ -22,7 +22,7 @@ CLASSES = {TRAINED: TRAINED, 1: 1, 2: 2, 4: 4, 8: 8, 32: 32, 1 << 62: 64}
 MARGIN = 0.9            # another way must take less than this share of torch's own time
 SMALL = 1 << 20         # numbers in the largest matrix: below, any way will do
 LOOK = 0.002            # seconds that a way is looked at, at least, three times
-COLD = 7                # so many layers and 16ths of the head are timed in turn: few caches hold all
+COLD = 7                # so many layers, 16ths of the head are timed in turn: few caches hold all
 
 
 def plain(x, W, b):
