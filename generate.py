@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))        # missing under 
 from checks.command import early_signals, run
 from checks.files import check_target, show
 from checks.options import NEW_TOKENS, TINY, check_sampling, parse_arguments
-from checks.prompts import check_memory, check_text, heldout_problem, read_prompts, room_left
+from checks.prompts import check_text, heldout_problem, read_prompts, room_left
 
 SHOWN = 6                       # tokens at either end of what δ changes
 TOGETHER = 32                   # prompts answered in one batch
@@ -32,6 +32,7 @@ if __name__ == "__main__":      # before torch is imported, so that --help and C
 import torch
 
 from checks.delta_file import check_delta, fingerprint
+from checks.memory import check_memory
 from checks.weights import check_device, check_finite
 from load_weights import find_model, load_model, read_safetensors, write_safetensors
 # generate: for those who import it from here

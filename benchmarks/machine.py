@@ -3,6 +3,7 @@
 Every limit comes from two rates, measured in the same run as what they are held against:
     read      bytes/s of the fastest way that torch has to read more than the caches hold
     multiply  FLOP/s of a large matrix product in a dtype, by the fastest way of speed/linear.py
+Work is a list of phases (bytes, FLOP): a phase takes as long as the longer of the two.
 """
 import os
 import platform
@@ -85,6 +86,7 @@ def memory_of(call):
     def status(key):
         text = Path("/proc/self/status").read_text()
         return int(text.split(f"{key}:")[1].split()[0]) / 1024
+
     Path("/proc/self/clear_refs").write_text("5")       # the peak begins anew
     before = status("VmRSS")
     call()

@@ -1,7 +1,6 @@
 """Where prompts come from, and what may be wrong with them."""
 import codecs
 import json
-import math
 import os
 import re
 import select
@@ -130,32 +129,3 @@ def room_left(ids, prompts, new, config):
                              f"{most} positions (max_position_embeddings); --max-new-tokens "
                              f"{max(1, most - longest)} fits")
     return most - longest
-
-
-CGROUP = Path("/sys/fs/cgroup")         # what a container may use stands here
-
-
-def free_memory(device):
-    """-> bytes; infinite where nothing tells."""
-    if device.startswith("cuda"):
-        import torch
-        return torch.cuda.mem_get_info(device)[0]
-    free, limit = math.inf, CGROUP / "memory.max"
-    if os.path.exists("/proc/meminfo"):
-        text = Path("/proc/meminfo").read_text()
-        free = int(re.search(r"MemAvailable: *(\d+)", text)[1]) << 10
-    if limit.exists() and limit.read_text().strip() != "max":
-        cached = re.search(r"inactive_file (\d+)", (CGROUP / "memory.stat").read_text())[1]
-        used = int((CGROUP / "memory.current").read_text()) - int(cached)
-        free = min(free, int(limit.read_text()) - used)
-    return free
-
-
-def check_memory(length, vocabulary, device):
-    """Does the readable loop of SLOT fit? It holds some four tensors of length × vocabulary in
-    float32."""
-    need, free = 4 * 4 * length * vocabulary, free_memory(device)
-    if need > free:
-        raise ValueError(f"SLOT's readable loop needs {need / 2**30:.1f} GiB for {length} tokens "
-                         f"and {free / 2**30:.1f} are free; --slot-fast gives the same numbers "
-                         "within --slot-memory")

@@ -2,7 +2,8 @@
 
 No way is the best everywhere: torch's own product can take twice as long as another, or half, by
 processor, dtype, matrix and number of rows. So nothing here asks what the processor is called:
-`use` times the ways on the model's own matrices and takes the fastest; SLOT_PRODUCTS=plain: none.
+`use` times the ways on the model's own matrices, once, and takes the fastest. SLOT_PRODUCTS=plain
+in the environment leaves torch's own.
 """
 import functools
 import itertools
@@ -14,7 +15,7 @@ from contextlib import suppress
 import torch
 import torch.nn.functional as F
 
-from checks.prompts import free_memory
+from checks.memory import free_memory
 
 TRAINED = 0             # a class of its own: one row that needs a gradient, as δ in slot.py's loop
 # up to so many rows of x: timed with so many
@@ -22,7 +23,7 @@ CLASSES = {TRAINED: TRAINED, 1: 1, 2: 2, 4: 4, 8: 8, 32: 32, 1 << 62: 64}
 MARGIN = 0.9            # another way must take less than this share of torch's own time
 SMALL = 1 << 20         # numbers in the largest matrix: below, any way will do
 LOOK = 0.002            # seconds that a way is looked at, at least, three times
-COLD = 7                # so many layers, 16ths of the head are timed in turn: few caches hold all
+COLD = 7                # layers, and 16ths of the head, timed in turn: few caches hold them all
 
 
 def plain(x, W, b):
@@ -111,14 +112,15 @@ def use(lm):
     if not head.is_cpu or small or os.environ.get("SLOT_PRODUCTS") == "plain":
         return "plain"
     matrices = [layer.mlp.gate_proj.weight.detach() for layer in lm.model.layers[:COLD]]
-    pieces = head.split(len(head) // 16 + 1)[:COLD]    # of its size another way may be fastest
+    pieces = head.split(len(head) // 16 + 1)[:COLD]     # larger: another may win
     size = sum(W.nbytes for W in lm.parameters()) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     room = 2 * size < free_memory("cpu") < math.inf
-    for W in (*matrices, *pieces) if room else ():
-        pack(W)
+    if room:
+        for W in (*matrices, *pieces):
+            pack(W)
     of_layers, of_head = choices(matrices), choices(pieces)
     for module in lm.modules():
-        if type(module).forward is torch.nn.Linear.forward:       # not what a reader has written
+        if type(module).forward is torch.nn.Linear.forward:     # not what a reader has written
             table = of_head if module is lm.lm_head else of_layers
             vars(module.weight).pop("packed", None)
             if room and onednn in table.values():

@@ -185,7 +185,7 @@ TABLE = {
         ("bias dropped by oneDNN", 'pointwise(x, W, b, "none"', 'pointwise(x, W, None, "none"'),
         ("a changed W is multiplied as it was packed", "if version == W._version and", "if version is not None and"),
         ("another W at a packed one's place is multiplied as that", "W.packed = W.detach(), W._version, copy", "W.packed = W, W._version, copy"),
-        ("what is timed is not packed", "for W in (*matrices, *pieces) if room else ():", "for W in ():"),
+        ("what is timed is not packed", "for W in (*matrices, *pieces):", "for W in ():"),
         ("packed without room for a second copy", "2 * size < free_memory", "1 * size < free_memory"),
         ("one matrix is timed, which the cache holds", "next(turns), None)", "matrices[0], None)"),
         ("bias dropped where one row is a vector", "y = torch.mv(W, x[0])[None]\n    return y if b is None else y + b",

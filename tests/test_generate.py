@@ -12,11 +12,11 @@ import signal
 import pytest
 import torch
 
-import checks.prompts
+import checks.memory
 import forks
 import generate as command_file
 import slot
-from checks.prompts import check_memory, free_memory
+from checks.memory import check_memory, free_memory
 from generate import sampler
 from hostile import ROOT, build, command, write
 from load_weights import load_model, read_safetensors, write_safetensors
@@ -209,7 +209,7 @@ def test_the_loop_that_needs_too_much_memory_is_refused():
 
 def test_a_container_may_have_less_memory_than_its_machine(tmp_path, monkeypatch):
     """What it uses for files that could be read again counts as free."""
-    monkeypatch.setattr(checks.prompts, "CGROUP", tmp_path)
+    monkeypatch.setattr(checks.memory, "CGROUP", tmp_path)
     machine = free_memory("cpu")
     assert machine > 5000
     for name, text in (("memory.current", "4000"), ("memory.stat", "anon 1000\ninactive_file 3000\n"), ("memory.max", "max")):
