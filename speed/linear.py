@@ -93,6 +93,16 @@ def fastest(ways, x, matrices):
     return best if least[best] < MARGIN * least[ways[0]] else ways[0]
 
 
+def pays(matrices):
+    """Pack them, and tell whether one row is multiplied sooner than without: else a copy of all
+    weights, which takes seconds to make, is not worth its memory."""
+    for W in matrices:
+        pack(W)
+    bare = lambda x, W, b: onednn(x, W.detach(), b)             # whose packed copy is not found
+    return hasattr(matrices[0], "packed") and fastest(
+        (bare, onednn), *factors(matrices, 1)) is onednn
+
+
 def choices(matrices):
     """-> {most rows: the way for up to so many}, a way for each of CLASSES."""
     return {most: fastest(ways_for(matrices[0].dtype, rows), *factors(matrices, rows))
@@ -115,15 +125,15 @@ def use(lm):
     pieces = head.split(len(head) // 16 + 1)[:COLD]     # larger: another may win
     size = sum(W.nbytes for W in lm.parameters()) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     room = 2 * size < free_memory("cpu") < math.inf
-    if room:
-        for W in (*matrices, *pieces):
-            pack(W)
+    packs = room and pays(matrices) and pays(pieces)
+    if not packs:
+        matrices, pieces = ([W.detach() for W in each] for each in (matrices, pieces))
     of_layers, of_head = choices(matrices), choices(pieces)
     for module in lm.modules():
         if type(module).forward is torch.nn.Linear.forward:     # not what a reader has written
             table = of_head if module is lm.lm_head else of_layers
             vars(module.weight).pop("packed", None)
-            if room and onednn in table.values():
+            if packs and onednn in table.values():
                 pack(module.weight)
             module.forward = functools.partial(product, module, table)
     return ", ".join(sorted({way.__name__ for way in (*of_layers.values(), *of_head.values())}))

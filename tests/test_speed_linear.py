@@ -194,9 +194,10 @@ def test_models_in_16_bits(name, way, monkeypatch):
         assert off < allowed, f"{name}, {rows} rows: relative rms error {off:.2e}"
 
 
-@pytest.mark.parametrize("way, free, packed", [("onednn", 2.1, True), ("onednn", 1.9, False), ("vector", 2.1, False)])
-def test_weights_are_packed_where_that_pays_and_there_is_room(way, free, packed, monkeypatch):
-    """What is timed is packed if there is room; what is kept, if the stopwatch prefers it."""
+@pytest.mark.parametrize("way, sooner, free, packed", [
+    ("onednn", True, 2.1, True), ("onednn", True, 1.9, False), ("onednn", False, 2.1, False), ("vector", True, 2.1, False)])
+def test_weights_are_packed_where_that_pays_and_there_is_room(way, sooner, free, packed, monkeypatch):
+    """What is timed is packed if there is room and one row gains by it; what is kept, if the stopwatch prefers it."""
     skip_unless_works(linear.onednn, torch.float32)
     lm = load_model(GOLDEN / "qwen2", dtype="float32")
     size, timed = sum(parameter.nbytes for parameter in lm.parameters()), set()
@@ -204,17 +205,38 @@ def test_weights_are_packed_where_that_pays_and_there_is_room(way, free, packed,
     monkeypatch.setattr(linear, "free_memory", lambda device: free * size)
 
     def fastest(ways, x, matrices):
-        if linear.onednn in ways:
-            timed.update(hasattr(W, "packed") for W in matrices)
+        if linear.plain not in ways:                        # asked by `pays`
+            return ways[sooner]
+        timed.update(hasattr(W, "packed") for W in matrices if linear.onednn in ways)
         return getattr(linear, way) if getattr(linear, way) in ways else linear.plain
 
     monkeypatch.setattr(linear, "fastest", fastest)
     linear.use(lm)
-    assert timed == {free > 2}
+    assert timed == {free > 2 and sooner}
     assert {hasattr(W, "packed") for W in weights_of(lm)} == {packed}
     monkeypatch.setattr(linear, "free_memory", lambda device: 0)
     linear.use(lm)
     assert {hasattr(W, "packed") for W in weights_of(lm)} == {False}, "the copies of before stay"
+
+
+def test_one_row_is_timed_with_its_packed_copy_and_without(monkeypatch):
+    """Which is which shows in copies that are zero. What cannot be packed does not pay."""
+    skip_unless_works(linear.onednn, torch.float32)
+    W, zeros, found = torch.ones(3, 2), torch.zeros(3, 2), []
+    linear.pack(zeros)
+
+    def pack(W):
+        W.packed = W.detach(), W._version, zeros.packed[2]
+
+    def fastest(ways, x, matrices):
+        found.append([way(x / x, matrices[0], None).tolist() for way in ways])
+        return ways[1]
+
+    monkeypatch.setattr(linear, "pack", pack)
+    monkeypatch.setattr(linear, "fastest", fastest)
+    assert linear.pays([W]) and found == [[[[2, 2, 2]], [[0, 0, 0]]]]
+    monkeypatch.setattr(linear, "pack", lambda W: None)
+    assert not linear.pays([torch.ones(3, 2)])
 
 
 @pytest.mark.parametrize("way", ["onednn", "vector"])
@@ -271,6 +293,7 @@ def test_the_stopwatch_decides(dtype, monkeypatch):
         asked.append((len(x), shape, ways[len(asked) % 5 % len(ways)]))
         return asked[-1][-1]
 
+    monkeypatch.setattr(linear, "pays", lambda matrices: False)
     monkeypatch.setattr(linear, "fastest", fastest)
     said = linear.use(lm)
     matrix, head = lm.model.layers[0].mlp.gate_proj, lm.lm_head
