@@ -135,7 +135,8 @@ def say_fit(args, lm, tokenizer, hidden, delta, losses, seconds):
     else:
         say(f"slot      {args.slot_steps} steps, lr {args.slot_lr:g}, {way}, {seconds:.3f} s")
         loss = f"loss as {args.slot_file} has it" if args.slot_file else "loss on the prompt"
-        say(f"          {loss}  " + " → ".join(f"{x:.4f}" for x in losses))
+        found = " → ".join(f"{x:.4f}" for x in losses)
+        say(f"          {loss}  {found if hidden.shape[1] > 1 else 'none: nothing to guess'}")
     before, after = probabilities(lm, hidden, delta)
     order = (after - before).argsort(descending=True).tolist()
     for what, ids in (("more", order[:500]), ("less", order[::-1][:500])):

@@ -114,8 +114,8 @@ def choices(matrices):
 @torch.no_grad()
 def use(lm):
     """Swap the products of lm's nn.Linear for this machine's fastest; same values up to rounding.
-    -> their names, for the statistics line. Takes 0.3 to 0.8 s, nothing for a small model or on a
-    GPU. Where packed weights win, and twice their memory is free, they are written once more: save
+    -> their names, for the statistics line. Takes 0.3 to 1.1 s, nothing for a small model or on a
+    GPU. Where packing pays, and twice the weights' memory is free, they are written once more: save
     lm.state_dict() then, not lm. Later changes of W are noticed, but not W.data[...] = in place."""
     head = lm.lm_head.weight
     small = head.numel() < SMALL

@@ -99,6 +99,14 @@ def test_losses_are_those_of_the_fit():
         assert said == [round(x, 4) for x in exact.tolist()]
 
 
+def test_a_prompt_of_one_token_leaves_nothing_to_guess():
+    """There is no loss, δ stays 0, and the answer is the plain one."""
+    plain = run("--raw", "a", "--max-new-tokens", 3)
+    result = run("--raw", "a", "--max-new-tokens", 3, "--slot-steps", 2)
+    assert "prompt    1 tokens" in result.err and result.out == plain.out
+    assert "loss on the prompt  none: nothing to guess\n" in result.err and "nan" not in result.err
+
+
 @no_speed
 def test_slot_fast_gives_the_same():
     for lr in (0.01, 0.1):
