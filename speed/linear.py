@@ -53,8 +53,8 @@ def vector(x, W, b):
 
 def float32(x, W, b):
     """16 bits multiplied in float32, a block of W at a time: its copy stays in the cache. As
-    (W xᵀ)ᵀ, where each core multiplies the rows that it has copied: else it may take twice as
-    long."""
+    (W xᵀ)ᵀ: x Wᵀ takes twice as long in some processes, it seems where one core reads what another
+    has copied."""
     out = x.new_empty(len(x), len(W))
     x, rows = x.float(), max(64, (1 << 20) // W.shape[1])
     copy = W.new_empty(rows, W.shape[1], dtype=torch.float32)
