@@ -7,7 +7,7 @@ left of it.
     put("config.json", "vocab_size", 0)(folder)     the folder with one value changed
     check_refused(make, words, folder)  in one line, by the library and by the command
     check_loads(make, family, folder)   with the logits and ids of the plain folder, to the last bit
-    command()(["--model", folder])      generate.py -> Result(status, out, err, seconds, growth)
+    command()(["--model", folder])      generate.py -> Result(status, out, err, growth)
 
 The command runs in a fork of one process that has imported torch once: 50 ms where a process of its
 own costs 2 s. The weights are whole multiples of 1/64 below 2: float16 and bfloat16 hold them
@@ -331,7 +331,7 @@ def check_command_refuses(folder, words):
     assert line.startswith("generate.py: "), result.err
     check_line(line.removeprefix("generate.py: "), words)
     assert all(other.startswith(("model ", "prompt ")) for other in progress), result.err
-    assert result.seconds < 10 and result.growth < 200, result
+    assert result.growth < 200, result
 
 
 def check_loads(make, family, folder):
@@ -372,8 +372,8 @@ def logits(folder):
 
 # ---- the command ---------------------------------------------------------------------------------
 
-# seconds: of the processor; growth: of the resident memory, in MB
-Result = namedtuple("Result", "status out err seconds growth")
+# growth: of the resident memory, in MB
+Result = namedtuple("Result", "status out err growth")
 
 
 class Command:
@@ -485,7 +485,7 @@ def fork_and_wait(request, files):
     _, status, usage = os.wait4(pid, 0)
     os.close(watch)
     return {"status": "did not end" if late else os.waitstatus_to_exitcode(status),
-            "seconds": usage.ru_utime + usage.ru_stime, "growth": usage.ru_maxrss / 1024 - before}
+            "growth": usage.ru_maxrss / 1024 - before}
 
 
 def resident():

@@ -1,6 +1,7 @@
 """A small valid tokenizer.json to change, and what every error line must be; for the tests of tokenizer/ and its checks."""
+import contextlib
 import json
-import resource
+import time
 
 import make_golden_tokenizer as golden
 
@@ -50,6 +51,10 @@ def line_of(error):
     return text
 
 
-def seconds():
-    """Processor seconds of this process and its children: unlike the clock, the same when other work runs beside the tests."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+@contextlib.contextmanager
+def ends(seconds=60):
+    """Around what takes many times as long where a time grows with the square of the text: so long a processor time means that it
+    does. What is right takes a hundredth of it, on a slow machine a twentieth: no measure of speed."""
+    began = time.process_time()
+    yield
+    assert time.process_time() - began < seconds, "a time that grows with the square of the text"

@@ -39,10 +39,9 @@ def children():
 @pytest.mark.parametrize("name", BAD_TEMPLATES)
 def test_a_template_is_bounded(name):
     template, words = BAD_TEMPLATES[name]
-    started, before = time.monotonic(), children()
+    before = children()
     with pytest.raises(ValueError) as error:
         render(template, {"messages": [{"role": "user", "content": "hi"}]})
-    assert time.monotonic() - started < 5                           # 1.5, and what a busy machine adds
     line = line_of(error)
     assert line.startswith("chat template: ") and (words in line or name == "doubling" and "does not end" in line)
     assert children() <= before                                     # none is left; other tests may have some

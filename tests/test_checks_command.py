@@ -48,7 +48,7 @@ def check_error(result, status, *words):
     check_line(line.removeprefix("generate.py: "), "")
     assert all(word in line for word in words), f"{words} not in: {line}"
     assert all(other.startswith(PROGRESS) for other in progress), result.err
-    assert result.seconds < 10 and result.growth < 300, result
+    assert result.growth < 300, result
 
 
 # ---- options -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def check_error(result, *words):
     check_line(line.removeprefix("generate.py: "), "")
     assert all(word in line for word in words), f"{words} not in: {line}"
     assert all(other.startswith(("model ", "prompt ", "batch ")) for other in progress), result.err
-    assert result.seconds < 10 and result.growth < 300, result
+    assert result.growth < 300, result
 
 
 # ---- one prompt ----------------------------------------------------------------------------------

@@ -3,13 +3,12 @@
 The first table changes a small tokenizer.json (small_tokenizer.py), the second a whole model folder (hostile.py).
 """
 import functools
-import time
 
 import pytest
 
 import make_golden_tokenizer as golden
 from hostile import (CANARY, GONE, MODEL, SETTINGS, TEMPLATE, TOKENS, VOCAB, check_loads, check_refused, content, files, put)
-from small_tokenizer import LEVEL, A, M, P, S, V, changed, line_of, seconds, spec, token, write
+from small_tokenizer import LEVEL, A, M, P, S, V, changed, line_of, spec, token, write
 from tokenizer import load_tokenizer
 
 # Patterns of strangers: what does not compile, what engines read differently, what never ends or takes gigabytes, and what is harmless.
@@ -56,12 +55,10 @@ REFUSED = [
 def test_a_field_is_refused_by_name(tmp_path, path, value, words):
     data = spec(added=[token(290, "<|s|>")])
     changed(data, path, value)
-    started = seconds()
     with pytest.raises(ValueError) as error:
         load_tokenizer(write(tmp_path, data))
     line = line_of(error)
     assert "tokenizer.json: " in line and words in line, line
-    assert seconds() - started < 2
 
 
 SIDE = [
@@ -244,10 +241,8 @@ def test_no_pattern_of_a_stranger_is_ever_compiled(tmp_path, monkeypatch):
     data = spec()
     for pattern in PATTERNS:
         changed(data, (*S, "pattern"), {"Regex": pattern})
-        started = time.monotonic()
         with pytest.raises(ValueError):
             load_tokenizer(write(tmp_path, data))
-        assert time.monotonic() - started < 5
     assert seen == []
     load_tokenizer(write(tmp_path, spec()))
     assert f"({golden.QWEN})" in seen

@@ -4,11 +4,11 @@ math-verify, parse(last match, [ExprExtractionConfig()]) and verify against pars
 PAPER with a number as gold, and on all 1,319 gold answers of GSM8K.
 """
 import json
-import time
 from pathlib import Path
 
 import pytest
 
+from small_tokenizer import ends
 from study.scoring import flexible, in_format, marked_answer, paper, same, strict
 from study.tasks import TASKS
 
@@ -153,15 +153,14 @@ BABBLE = ["\n", " ", "\\boxed{", "<answer>", "#### ", "\\boxed{1,", "(", "1/", "
 
 def test_babble_takes_a_time_in_proportion():
     """65,536 line breaks took 36 s. Twice the text, twice the time: here all of 105 texts of 40,000 characters, four rules and five formats."""
-    start = time.process_time()
     for piece in BABBLE:
         long = piece * (40_000 // len(piece))
         for text in (long, f"#### Answer: <think>\\boxed{{{long}x", f"#### {long}x"):
-            for gold in ("18", "C", r"\text{word}"):
-                strict(text, gold), paper(text, gold), flexible(text, gold)
-            for task in TASKS.values():
-                in_format(text, task["format"])
-    assert time.process_time() - start < 10                              # 1 to 4 s
+            with ends(5):
+                for gold in ("18", "C", r"\text{word}"):
+                    strict(text, gold), paper(text, gold), flexible(text, gold)
+                for task in TASKS.values():
+                    in_format(text, task["format"])
 
 
 def test_strict_needs_the_mark():

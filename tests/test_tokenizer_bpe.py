@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 import make_golden_tokenizer as golden
-from small_tokenizer import LEVEL, P, changed, seconds, spec, write
+from small_tokenizer import LEVEL, P, changed, ends, spec, write
 from tokenizer import bpe, load_tokenizer
 
 ANSWERS = json.loads(golden.FILE.read_text())
@@ -135,9 +135,8 @@ def test_no_character_is_lost_between_pieces(cuts):
 def test_no_text_makes_an_expression_slow(cuts):
     pairs = bpe.BytePairs({}, [], cuts)
     for unit in ("a", " ", "\n", "1", "!", "\u0301", "' ", "'s", " \n", "a1", "a\u0301", "数", "\u00a0"):
-        started = seconds()
-        pairs.pieces(unit * 100_000 + "x")
-        assert seconds() - started < 5, unit                        # 0.1
+        with ends():
+            pairs.pieces(unit * 100_000 + "x")
 
 
 def test_hundreds_of_thousands_of_spaces(tmp_path):
@@ -164,8 +163,8 @@ def test_join_by_hand_and_on_a_long_piece():
     rank = lambda a, b: table.get((a, b))
     assert bpe.join("lower", rank) == ["lo", "wer"]
     assert bpe.join("aaaaa", rank) == ["aaaa", "a"] and bpe.join("", rank) == []
-    started = seconds()
-    assert bpe.join("a" * 100_001, rank) == ["aaaa"] * 25_000 + ["a"] and seconds() - started < 10
+    with ends():
+        assert bpe.join("a" * 100_001, rank) == ["aaaa"] * 25_000 + ["a"]
 
 
 def test_merges_as_texts_and_as_lists(tmp_path):

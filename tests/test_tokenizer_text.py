@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from small_tokenizer import line_of, seconds, spec, token, write
+from small_tokenizer import ends, line_of, spec, token, write
 from tokenizer import load_tokenizer
 from tokenizer.text import AddedTokens, compose
 
@@ -16,9 +16,7 @@ QWEN2 = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "qwen2"
 def test_qwen2_vocabulary_and_chat():
     if not QWEN2.is_dir():
         pytest.skip(f"the Qwen2 vocabulary is not at {QWEN2}")
-    started = seconds()
     ours = load_tokenizer(QWEN2)
-    assert seconds() - started < 5                                  # 0.4
     texts = (QWEN2 / "vocab_test.inp").read_text().split("\n__ggml_vocab_test__\n")
     rows = (QWEN2 / "vocab_test.out").read_text().split("\n")[:len(texts)]
     assert len(texts) == 47
@@ -30,8 +28,8 @@ def test_qwen2_vocabulary_and_chat():
         assert ours.chat_ids(case["messages"]) == case["ids"] == ours.encode(case["text"], allow_special=True)
     assert ours.eos_ids == {151645} and ours.bos_ids == [] and ours.vocab_size == 151936
     for text in ("a" * 200_000, " " * 300_000 + "a", "\n \t" * 50_000):
-        started = seconds()
-        assert ours.decode(ours.encode(text)) == text and seconds() - started < 10
+        with ends():
+            assert ours.decode(ours.encode(text)) == text
 
 
 def test_added_tokens(tmp_path):
@@ -74,19 +72,19 @@ def test_added_tokens_are_found_leftmost_and_longest():
 @pytest.mark.parametrize("content", ["<|s_{}|>", "{}" + "<|" * 40, "<|" * 40 + "{}", "a{}"], ids=["short", "begun", "late", "letters"])
 def test_thousands_of_added_tokens_cost_linear_time(tmp_path, content):
     added = [token(1000 + i, content.format(i)) for i in range(5000)]
-    started = seconds()
-    ours = load_tokenizer(write(tmp_path, spec(added=added)))
-    for text in ("<" * 150_000, "<|" * 75_000, "a" * 150_000, added[7]["content"] * 2500, "plain text, and so on " * 7_500):
-        assert ours.decode(ours.encode(text, allow_special=True)) == text
-    assert seconds() - started < 10                                 # 2
+    with ends():
+        ours = load_tokenizer(write(tmp_path, spec(added=added)))
+        for text in ("<" * 150_000, "<|" * 75_000, "a" * 150_000, added[7]["content"] * 2500, "plain text, and so on " * 7_500):
+            assert ours.decode(ours.encode(text, allow_special=True)) == text
 
 
 def test_many_lengths_of_added_token_costs_linear_time(tmp_path):
     ours = load_tokenizer(write(tmp_path, spec(added=[token(1000 + i, "a" * i + "b") for i in range(1, 65)])))
-    started = seconds()
-    assert len(ours.encode("a" * 100_000)) == 100_000
+    with ends():
+        assert len(ours.encode("a" * 100_000)) == 100_000
     ours = load_tokenizer(write(tmp_path, spec(added=[token(1000 + i, "a" * i) for i in range(2, 66)])))
-    assert len(ours.encode("ab" * 50_000, allow_special=True)) == 100_000 and seconds() - started < 8
+    with ends():
+        assert len(ours.encode("ab" * 50_000, allow_special=True)) == 100_000
 
 
 def test_long_runs_of_combining_marks_are_refused_and_short_ones_are_linear(tmp_path):
@@ -95,9 +93,9 @@ def test_long_runs_of_combining_marks_are_refused_and_short_ones_are_linear(tmp_
         with pytest.raises(ValueError) as error:
             ours.encode("a" + "\u0301\u0316" * count)
         assert "combining marks" in line_of(error)
-    started = seconds()
     text = ("a" + "\u0301\u0316" * 250) * 1000
-    assert ours.decode(ours.encode(text)) == compose(text) and seconds() - started < 10
+    with ends():
+        assert ours.decode(ours.encode(text)) == compose(text)
 
 
 # ---- text from a stream ----------------------------------------------------------------------------------------------------------
