@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))        # missing under python -I and -P
 from checks.command import early_signals, run
 from checks.files import check_target, show
-from checks.options import NEW_TOKENS, TINY, check_sampling, parse_arguments
-from checks.prompts import check_text, heldout_problem, read_prompts, room_left
+from checks.options import TINY, check_sampling, parse_arguments
+from checks.prompts import check_text, heldout_problem, new_tokens, read_prompts
 
 SHOWN = 6                       # tokens at either end of what δ changes
 TOGETHER = 32                   # prompts answered in one batch
@@ -83,13 +83,14 @@ def load(args, asked):
     else:
         lm = load_model(folder, args.device, args.dtype)
         products = speed.linear.use(lm) if speed else "plain"
-    name = "tiny/, the embedded model" if folder == TINY else show(folder, 160)
+    tiny = folder.resolve() == TINY
+    name = "tiny/, the embedded model" if tiny else show(folder, 160)
     size = sum(parameter.numel() for parameter in lm.parameters()) / 1e6
     each = " a rank" if args.ranks > 1 else ""
     say(f"model     {name}: {size:,.1f} M parameters{each}, {str(lm.lm_head.weight.dtype)[6:]}, "
         f"{args.device}, {torch.get_num_threads()} threads, products: {products}, "
         f"loaded in {time.perf_counter() - began:.2f} s")
-    if folder == TINY and asked:
+    if tiny and asked:
         say("note      it solves word problems like those of tiny/problems.py and knows nothing "
             "else; python -m convert smollm2 brings a model to chat with")
     return lm, tokenizer
@@ -141,9 +142,9 @@ def say_fit(args, lm, tokenizer, hidden, delta, losses, seconds):
     order = (after - before).argsort(descending=True).tolist()
     for what, ids in (("more", order[:500]), ("less", order[::-1][:500])):
         words = [(id, tokenizer.decode([id])) for id in ids]
-        words = [(id, word) for id, word in words if word.isprintable() and "\ufffd" not in word]
-        say(f"          {what} likely  " + "  ".join(
-            f"{word!r} {before[id]:.1%} → {after[id]:.1%}" for id, word in words[:SHOWN]))
+        words = [f"{word!r} {before[id]:.1%} → {after[id]:.1%}" for id, word in words
+                 if word.isprintable() and "\ufffd" not in word and after[id] != before[id]]
+        say(f"          {what} likely  {'  '.join(words[:SHOWN]) or 'none'}")
 
 
 @torch.no_grad()
@@ -157,20 +158,22 @@ def probabilities(lm, hidden, delta):
     return logits.softmax(-1).mean(0).cpu(), steered.softmax(-1).mean(0).cpu()
 
 
-def answer(tokenizer, ids, new, spent):
-    """Print an answer as it comes -> its ids. spent: seconds before its first token was chosen."""
+def answer(tokenizer, ids, new, room, spent):
+    """Print an answer as it comes -> its ids. new: how many it may have, of room for so many.
+    spent: seconds before its first token was chosen."""
     began, first, got = time.perf_counter(), None, []
     stream = tokenizer.stream(skip_special=True)
     try:
         for id in ids:
-            first = first or time.perf_counter()
+            now = time.perf_counter()
+            first = first or now
             got.append(id)
             print(stream.add(id), end="", flush=True)
     finally:                                                            # also after Ctrl-C
         print(stream.end(), flush=True)
-    now = time.perf_counter()
     if len(got) == new:
-        say(f"note      cut at {new} new tokens; --max-new-tokens allows more")
+        more = "--max-new-tokens allows more" if new < room else "the model has no more positions"
+        say(f"note      cut at {new} new tokens; {more}")
     if len(got) > 1:
         say(f"decode    first token after {spent + first - began:.3f} s (prefill included), then "
             f"{len(got)} tokens, {(len(got) - 1) / (now - first):,.1f} tokens/s")
@@ -182,11 +185,12 @@ def answer_one(args, lm, tokenizer, tokens, new, fit, draw):
     began = time.perf_counter()
     hidden, cache = prefill(lm, tokens, new)
     spent, end = time.perf_counter() - began, cache.pos
+    room = lm.config.max_position_embeddings - end
     say(f"prompt    {len(tokens)} tokens, prefill {spent:.3f} s")
     decoded = partial(decode, lm, hidden, cache, new, eos_ids=tokenizer.eos_ids)
     if args.compare:
         print("--- plain ---", flush=True)
-        plain = answer(tokenizer, decoded(choose=draw()), new, spent)
+        plain = answer(tokenizer, decoded(choose=draw()), new, room, spent)
         cache.pos = end                         # back to the end of the prompt
     delta = None
     if args.slot_steps or args.delta is not None:
@@ -199,7 +203,7 @@ def answer_one(args, lm, tokenizer, tokens, new, fit, draw):
         write_safetensors(args.save_delta, {"delta": delta.float().cpu(), "head": fingerprint(lm)})
     if args.compare:
         print("--- with δ ---", flush=True)
-    steered = answer(tokenizer, decoded(delta, draw()), new, spent)
+    steered = answer(tokenizer, decoded(delta, draw()), new, room, spent)
     if args.compare:
         say_where_they_part(tokenizer, plain, steered)
 
@@ -213,11 +217,20 @@ def say_where_they_part(tokenizer, plain, steered):
     say(f"compare   they part at new token {at + 1}: plain {words[0]}, with δ {words[1]}")
 
 
-def answer_together(args, lm, tokenizer, ids, new, fit, draws):
-    """Yields the answers, texts, in order; TOGETHER prompts, lists of ids, go in one batch."""
+def parts(limits):
+    """Slices of at most TOGETHER prompts, whose answers may have equally many tokens."""
+    begin = 0
+    for end in range(1, len(limits) + 1):
+        if end == len(limits) or end - begin == TOGETHER or limits[end] != limits[begin]:
+            yield slice(begin, end)
+            begin = end
+
+
+def answer_together(args, lm, tokenizer, ids, limits, fit, draws):
+    """Yields the answers, texts, in order; several prompts, lists of ids, go in one batch."""
     steps = args.slot_steps or int(args.delta is not None)      # with a kept δ: any but 0
-    for place in range(0, len(ids), TOGETHER):
-        began, part = time.perf_counter(), slice(place, place + TOGETHER)
+    for part in parts(limits):
+        began, new = time.perf_counter(), limits[part.start]
         choose = likeliest if args.temperature == 0 else [draw() for draw in draws[part]]
         columns = speed.batch.generate_batch(lm, ids[part], new, steps, args.slot_lr, choose,
                                              tokenizer.eos_ids, fit)
@@ -243,12 +256,11 @@ def main(args):
     check_device(args.device)
     lm, tokenizer = load(args, asked)
     ids = prompt_ids(args, tokenizer, prompts)
-    room = room_left(ids, prompts, args.max_new_tokens, lm.config)
-    new = args.max_new_tokens or min(NEW_TOKENS, room)
+    limits = new_tokens(ids, prompts, args.max_new_tokens, lm.config)       # of each answer
     if args.slot_steps:
         torch.optim.AdamW([torch.zeros(1)])     # the first imports 800 modules: not SLOT's time
         if not args.slot_fast:
-            check_memory(max(map(len, ids)), lm.config.vocab_size, args.device)
+            check_memory(max(map(len, ids)), lm.config.vocab_size, args.device, args.slot_file)
     fit = optimizer(args, lm)
     torch.manual_seed(args.seed)                # for a --slot-file that draws
     draw = partial(sampler, args.temperature, args.top_k, args.top_p)
@@ -260,7 +272,7 @@ def main(args):
         fit, draws = picture.fit, [picture.draw]
     answers = None
     if speed and len(ids) > 1 and speed.batch.stands_for_slot():
-        answers = answer_together(args, lm, tokenizer, ids, new, fit, draws)
+        answers = answer_together(args, lm, tokenizer, ids, limits, fit, draws)
     try:
         for place, (prompt, *_) in enumerate(prompts):
             text = next(answers) if answers else None   # the first of a batch computes it
@@ -269,7 +281,8 @@ def main(args):
             if answers:
                 print(text, flush=True)
             else:
-                answer_one(args, lm, tokenizer, ids[place], new, fit, draws[place])
+                answer_one(args, lm, tokenizer, ids[place], limits[place], fit,
+                           draws[place])
         if args.picture is not None:
             picture.write()
             say(f"picture   {show(Path(args.picture))}")

@@ -25,7 +25,7 @@ from checks.weights import check_dtype, check_layers, check_weights
 from model import CausalLM, Config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAFETENSORS_DTYPES = {      # all that the format defines and torch can hold
+SAFETENSORS_DTYPES = {      # what weights come in; torch has a type for each
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool,
@@ -54,7 +54,8 @@ def read_safetensors(path):
 
 
 def write_safetensors(path, tensors):
-    """Write {name: tensor} as one file, whole or not at all. ValueError or OSError names it."""
+    """Write {name: tensor}, of the dtypes above, as one file, whole or not at all. ValueError or
+    OSError names it."""
     check_target(path)
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0

@@ -86,12 +86,12 @@ def check_sizes(path, raw):
 
 
 def check_windows(path, raw):
-    """A window hides old tokens from layers >= max_window_layers: harmless only if no layer is one
-    of those."""
+    """A window, of 4096 tokens where no size is given, hides old ones from layers >=
+    max_window_layers: harmless only if no layer is one of those."""
     layers, kinds = raw["num_hidden_layers"], raw.get("layer_types")
     if kinds is not None and kinds != ["full_attention"] * layers:
         fail(path, raw, "layer_types", "only full_attention, once for every layer, is implemented")
-    in_use = raw.get("use_sliding_window") and raw.get("sliding_window") is not None
+    in_use = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None
     if in_use and kinds is None and (raw.get("max_window_layers") or 0) < layers:
         fail(path, raw, "use_sliding_window", "sliding-window attention is not implemented")
 

@@ -20,3 +20,5 @@ def check_delta(path, kept, lm):
     if not (same and right and kept["delta"].dtype == torch.float32):
         raise ValueError(f"--delta {show(path, 160)}: was fitted to another model, or to "
                          "this one in float16; fit one to this")
+    if not kept["delta"].isfinite().all():
+        raise ValueError(f"--delta {show(path, 160)}: holds what is no number; fit it anew")

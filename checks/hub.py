@@ -42,7 +42,8 @@ def find_in_hub(name):
     except (OSError, ValueError):                       # missing, empty, a pipe, anything else
         commit = "none"
     snapshot = repo / "snapshots" / commit
-    if re.fullmatch("[0-9a-f]{6,64}", commit) and os.path.exists(snapshot / "config.json"):
+    whole = os.path.exists(snapshot / "config.json") and any(snapshot.glob("model*.safetensors*"))
+    if re.fullmatch("[0-9a-f]{6,64}", commit) and whole:        # not just a tokenizer's files
         return snapshot
     try:
         from huggingface_hub import snapshot_download

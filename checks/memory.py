@@ -26,11 +26,12 @@ def free_memory(device):
     return free
 
 
-def check_memory(length, vocabulary, device):
-    """Does the readable loop of SLOT fit? It holds some four tensors of length × vocabulary in
-    float32."""
+def check_memory(length, vocabulary, device, slot_file=None):
+    """Does the readable loop of SLOT fit, slot.py's or that of a reader's slot_file? It holds some
+    four tensors of length × vocabulary in float32."""
     need, free = 4 * 4 * length * vocabulary, free_memory(device)
     if need > free:
+        way_out = ("shorten the prompt" if slot_file else
+                   "--slot-fast gives the same numbers within --slot-memory")
         raise ValueError(f"SLOT's readable loop needs {need / 2**30:.1f} GiB for {length} tokens "
-                         f"and {free / 2**30:.1f} are free; --slot-fast gives the same numbers "
-                         "within --slot-memory")
+                         f"and {free / 2**30:.1f} are free; {way_out}")

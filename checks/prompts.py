@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from checks.files import regular_file, show
+from checks.options import NEW_TOKENS
 
 COMPARE_PROBLEM = 57            # chosen because SLOT with 5 steps at 0.1 changes its answer
 
@@ -57,7 +58,7 @@ def piped():
         ready = ready and select.select([sys.stdin], [], [], 0.2)[0]
     except (OSError, AttributeError, ValueError):               # closed, or not a real file
         ready = False
-    text = read_stdin().strip("\n") if ready else ""
+    text = read_stdin().strip("\r\n") if ready else ""
     return [text] if text else []
 
 
@@ -70,10 +71,10 @@ def read_lines(path, system, raw):
     for place, line in enumerate(data.split(b"\n"), 1):
         where = f"{file}: line {place}: "
         try:
-            line = line.decode().strip()
+            line = line.decode().removesuffix("\r")
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}not UTF-8 (byte {error.start})") from None
-        if line:
+        if line.strip():
             prompt, own = read_line(line, where)
             if raw and own is not None:
                 raise ValueError(f"{where}a system text needs the chat template that --raw leaves "
@@ -89,7 +90,7 @@ def read_line(line, where):
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        if re.match(r'{\s*"', line):
+        if re.match(r'\s*{\s*"', line):
             raise ValueError(f"{where}begins an object and is none ({show(str(error))})") from None
         return line, None
     if isinstance(entry, str):
@@ -112,9 +113,10 @@ def check_text(prompts, reference):
                              "valid UTF-8")
 
 
-def room_left(ids, prompts, new, config):
-    """-> how many new tokens fit behind the longest prompt. ids: of each prompt a list. new: how
-    many are wanted, or None. ValueError for a prompt that is empty or too long."""
+def new_tokens(ids, prompts, wanted, config):
+    """-> how many new tokens each answer may have, a list. ids: of each prompt a list. wanted: so
+    many; if None, NEW_TOKENS, or fewer where the prompt leaves fewer positions. ValueError for a
+    prompt that is empty or too long."""
     most, longest = config.max_position_embeddings, max(map(len, ids))
     for tokens, (_, _, where) in zip(ids, prompts):
         count = len(tokens)
@@ -124,8 +126,8 @@ def room_left(ids, prompts, new, config):
             raise ValueError(f"{where}the prompt has {count} tokens and the model knows {most} "
                              "positions (max_position_embeddings); shorten it, or take a model "
                              "that knows more")
-        if new is not None and count + new > most:
-            raise ValueError(f"{where}{count} prompt tokens and {new} new ones exceed the model's "
-                             f"{most} positions (max_position_embeddings); --max-new-tokens "
-                             f"{max(1, most - longest)} fits")
-    return most - longest
+        if wanted is not None and count + wanted > most:
+            raise ValueError(f"{where}{count} prompt tokens and {wanted} new ones exceed the "
+                             f"model's {most} positions (max_position_embeddings); "
+                             f"--max-new-tokens {max(1, most - longest)} fits")
+    return [wanted or min(NEW_TOKENS, most - len(tokens)) for tokens in ids]

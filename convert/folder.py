@@ -84,6 +84,14 @@ def weight_of(tensor, family, config, dtype):
     return f"{prefix}{NAMES[module]}.{end}", torch.from_numpy(values).to(dtype)
 
 
+def begin_with(text, id):
+    """-> the step of tokenizer.json that puts a token before every text."""
+    first = {"SpecialToken": {"id": text, "type_id": 0}}
+    one, two = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
+    return {"type": "TemplateProcessing", "single": [first, one], "pair": [first, one, two],
+            "special_tokens": {text: {"id": text, "ids": [id], "tokens": [text]}}}
+
+
 def tokenizer_of(fields):
     """-> {name of a file: what belongs into it}"""
     own = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
@@ -105,9 +113,12 @@ def tokenizer_of(fields):
                   "ignore_merges": pre == "llama-bpe"}}
     bos, eos, pad, eot, eom = (own.get(f"{name}_token_id")
                                for name in ("bos", "eos", "padding", "eot", "eom"))
+    begins = own.get("add_bos_token", pre == "llama-bpe")
+    if begins and bos in added:         # what transformers reads; add_bos_token alone does nothing
+        tokenizer["post_processor"] = begin_with(added[bos], bos)
     settings = {
         "bos_token": added.get(bos), "eos_token": added.get(eos), "pad_token": added.get(pad),
-        "add_bos_token": own.get("add_bos_token", pre == "llama-bpe"),
+        "add_bos_token": begins,
         "chat_template": fields.get("tokenizer.chat_template"),
         "tokenizer_class": "PreTrainedTokenizerFast"}
     ends = {eos, eot, eom, *(id for id in added if added[id] in ENDS)} - {None}

@@ -97,9 +97,8 @@ class Head(nn.Module):
     def __init__(self, weight, vocabulary):
         super().__init__()
         self.vocabulary, self.mine = vocabulary, share(vocabulary)
-        self.weight = weight
-        if len(weight) == vocabulary:                           # tied: rows of the embedding
-            self.weight = nn.Parameter(weight[self.mine], requires_grad=False)
+        tied = len(weight) == vocabulary
+        self.weight = weight[self.mine].detach() if tied else weight     # rows of the embedding
 
     def forward(self, hidden):
         return WholeLogits.apply(hidden, self)

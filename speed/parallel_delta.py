@@ -41,7 +41,8 @@ def optimize_delta_fast(hidden, tokens, head, steps, lr, memory=1 << 30):
             optimizer.step()
 
     if total((~b.isfinite()).sum()) > 0:                        # on whichever rank
-        raise ValueError(f"SLOT: δ leaves {W.dtype}'s range at lr {lr:g}; take a lower one")
+        raise ValueError(f"SLOT: W(h + δ) leaves {W.dtype}'s range at lr {lr:g}; a lower one or "
+                         "float32 may help")
     return delta, torch.stack(losses)
 
 

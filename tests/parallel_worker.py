@@ -52,6 +52,7 @@ def main():
         found[folder] = answers(lm, parallel_delta.optimize_delta_fast)
         found[folder]["words"] = words
         found[folder]["rows"] = {name: len(weight) for name, weight in lm.named_parameters()}
+        found[folder]["rows"]["lm_head.weight"] = len(lm.lm_head.weight)
         found[folder]["heads in cache"] = lm.config.num_key_value_heads
     found["half"] = half_precision(folders[0])
     found["beyond"] = beyond_the_range(folders[0], rank)

@@ -46,6 +46,8 @@ FIELDS = [
     ("rotation in part", config(partial_rotary_factor=0.5), "partial_rotary_factor"),
     ("rotation true", config(partial_rotary_factor=True), "partial_rotary_factor"),
     ("sliding window in use", config(use_sliding_window=True), "use_sliding_window"),
+    ("sliding window in use, its size left out", config(use_sliding_window=True, sliding_window=GONE),
+     "use_sliding_window"),
     ("sliding window in use, text", config(use_sliding_window="false"), "use_sliding_window"),
     ("sliding window in a layer", config(layer_types=["full_attention", "sliding_attention"]),
      "layer_types"),

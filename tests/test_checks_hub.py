@@ -102,6 +102,17 @@ def test_what_the_library_fetches(cache, monkeypatch):
     assert asked == {"allow_patterns": ["*.safetensors", "*.json", "*.jinja"], "cache_dir": cache}
 
 
+@pytest.mark.parametrize("gone", ["model.safetensors", "config.json"])
+def test_a_snapshot_without_weights_is_fetched_again(gone, cache, monkeypatch):
+    """A program that wanted the tokenizer alone left it so."""
+    repo = repository(cache)
+    (repo / "snapshots" / COMMIT / gone).unlink()
+    library = types.ModuleType("huggingface_hub")
+    library.snapshot_download = lambda name, **more: str(cache)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    assert find_in_hub(NAME) == cache
+
+
 NO_IDS = ["a", "a/b/c", "../b", "a/..", ".a/b", "a/.b", "-", "a b/c", "a/b\n", "é/b", "a/b\0",
           "\udcff/b", "http://a/b", "a" * 300 + "/b"]
 

@@ -178,11 +178,11 @@ def test_odd_prompts_file(model, tmp_path):
     """JSON allows U+2028 and U+0085 in a string, raw; lines end in \\n or \\r\\n, the last one
     perhaps in nothing; a byte-order mark is fine; and what is not JSON is a prompt as it is."""
     path = tmp_path / "prompts.jsonl"
-    lines = ['"a\u2028b\u0085c"\r', "", '{"prompt": "d", "system": "s"}', "\u00a0 ", "hello there",
+    lines = ['"a\u2028b\u0085c"\r', "", '{"prompt": "d", "system": "s"}', "\u00a0 ", " hello there ",
              "5", '["a"]', "{{ braces }}", '"quoted" by someone', '"e"']
     path.write_bytes("\n".join(lines).encode("utf-8-sig"))
     found = answers(command()(["--model", model, "--prompts", path, "--max-new-tokens", "3"]))
-    prompts = ["a\u2028b\u0085c", None, "hello there", "5", '["a"]', "{{ braces }}",
+    prompts = ["a\u2028b\u0085c", None, " hello there ", "5", '["a"]', "{{ braces }}",
                '"quoted" by someone', "e"]
     assert len(found) == len(prompts)
     for prompt, text in zip(prompts, found):

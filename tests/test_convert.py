@@ -23,6 +23,7 @@ import checks.gguf
 from convert.__main__ import main, parse_arguments
 from load_weights import load_model, read_weights
 from tokenizer import load_tokenizer
+from tokenizer.files import first_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden"
@@ -287,6 +288,9 @@ def test_first_token_of_llama(tmp_path):
         own = {"pre": "llama-bpe", "add_bos_token": said}
         convert(write(tmp_path / f"{number}.gguf", weights, config, tokenizer=own), tmp_path / str(number))
         assert load_tokenizer(tmp_path / str(number)).bos_ids == expected
+        # by the step that transformers reads, which drops add_bos_token
+        step = json.loads((tmp_path / str(number) / "tokenizer.json").read_text()).get("post_processor")
+        assert first_ids([step] if step else []) == expected
 
 
 # --- whole or not at all ------------------------------------------------------------------------------------------

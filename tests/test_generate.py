@@ -105,6 +105,7 @@ def test_a_prompt_of_one_token_leaves_nothing_to_guess():
     result = run("--raw", "a", "--max-new-tokens", 3, "--slot-steps", 2)
     assert "prompt    1 tokens" in result.err and result.out == plain.out
     assert "loss on the prompt  none: nothing to guess\n" in result.err and "nan" not in result.err
+    assert "more likely  none\n" in result.err and "less likely  none\n" in result.err
 
 
 @no_speed
@@ -139,7 +140,8 @@ def test_a_prompt_of_ones_own():
     assert result.out == text(APPLES) + "\n" and result.out.endswith("#### 64\n")
     assert "held-out" not in result.err
     piped = run("--max-new-tokens", 1, stdin=APPLES.encode())
-    for each in (result, piped):
+    named = command()(["--model", "tiny", APPLES, "--max-new-tokens", 1])
+    for each in (result, piped, named):
         assert "it solves word problems" in each.err, "the embedded model says what it is for"
 
 
@@ -150,7 +152,8 @@ def test_where_a_prompt_may_come_from(model):
     assert run(*arguments, "hello").out == expected
     assert run(*arguments, "-", stdin=b"hello").out == expected
     assert run(*arguments, stdin=b"hello").out == expected
-    assert run(*arguments, stdin=b"hello\n").out == expected, "echo adds a line break"
+    for end in (b"\n", b"\r\n"):
+        assert run(*arguments, stdin=b"hello" + end).out == expected, "echo adds a line break"
     assert forks.run([ROOT / "generate.py", *arguments], stdin="hello\n").stdout == expected
     # an argument counts more than a pipe; nothing is read from it
     assert run(*arguments, "hello", stdin=b"other").out == expected
@@ -182,7 +185,7 @@ def test_as_many_tokens_as_the_model_has_positions(tmp_path):
     short = write(tmp_path / "short", build(max_position_embeddings=40))
     length = len(ids_of("hello", short))
     result = run("--model", short, "hello")
-    assert f"cut at {40 - length} new tokens" in result.err or len(result.out) > 0
+    assert f"cut at {40 - length} new tokens; the model has no more positions" in result.err
     assert result.out == text("hello", short, new=40 - length) + "\n"
     refused = command()(["--model", short, "hello", "--max-new-tokens", 40])
     assert refused.status == 1 and f"--max-new-tokens {40 - length} fits" in refused.err
@@ -212,6 +215,8 @@ def test_the_loop_that_needs_too_much_memory_is_refused():
     """Before the work, in one line, with the way out."""
     with pytest.raises(ValueError, match=r"needs 14[0-9]{3}\.\d GiB for 1000000 tokens .* --slot-fast"):
         check_memory(1_000_000, 1_000_000, "cpu")
+    with pytest.raises(ValueError, match="are free; shorten the prompt$"):
+        check_memory(1_000_000, 1_000_000, "cpu", "my_slot.py")             # for which --slot-fast is refused
     check_memory(10, 1000, "cpu")
 
 
@@ -333,6 +338,36 @@ def test_several_prompts(options):
     assert answers(result) == [run(prompt, *options).out for prompt in given]
 
 
+def test_a_long_prompt_cuts_no_other_answer(tmp_path):
+    """Without --max-new-tokens each answer is as long as its own prompt leaves room for."""
+    short = write(tmp_path / "short", build(max_position_embeddings=40))
+    given = ["hello", "hello there, you", "hi"]
+    alone = [run("--model", short, prompt).out for prompt in given]
+    assert len({len(ids_of(prompt, short)) for prompt in given}) == 3
+    assert answers(run("--model", short, *given)) == alone
+
+
+@pytest.mark.parametrize("limits, expected", [
+    ([5] * 70, [(0, 32), (32, 64), (64, 70)]), ([5, 5, 6, 5], [(0, 2), (2, 3), (3, 4)]), ([9], [(0, 1)])])
+def test_what_goes_in_one_batch(limits, expected):
+    assert [(part.start, part.stop) for part in command_file.parts(limits)] == expected
+
+
+def test_tokens_a_second_are_those_of_the_answer(monkeypatch, capsys):
+    """The pass that finds the end is none of them: a pass a second makes one token a second."""
+    now = [0.0]
+    monkeypatch.setattr(command_file.time, "perf_counter", lambda: now[0])
+
+    def decoded():
+        for id in (70, 71, 72):
+            now[0] += 1
+            yield id
+        now[0] += 1
+
+    command_file.answer(tools()[1], decoded(), 9, 9, 0)
+    assert "then 3 tokens, 1.0 tokens/s" in capsys.readouterr().err
+
+
 @no_speed
 def test_several_cut_answers_say_so():
     assert "; 2 answers cut at 7 new tokens" in run(APPLES, BOOKS, "--max-new-tokens", 7).err
@@ -361,7 +396,7 @@ def test_many_prompts_go_in_parts(model, tmp_path):
     assert places == [f"{n + 1} of {count}" for n in range(count)]
     for n in (0, 31, 32, 63, 64, count - 1):
         prompt = f"word {n} " + "x" * (n % 7)
-        assert answers(result)[n] == text(prompt.strip(), model, 3, steps=2, lr=0.1) + "\n", n
+        assert answers(result)[n] == text(prompt, model, 3, steps=2, lr=0.1) + "\n", n
 
 
 def test_rows_draw_differently(model):
@@ -413,7 +448,7 @@ def test_delta_fits_a_model_in_any_dtype(kept, model):
         run("--model", model, "hello", "--dtype", dtype, "--delta", kept[0], "--max-new-tokens", 2)
 
 
-def test_delta_of_another_model(kept, tmp_path):
+def test_delta_of_another_model(kept, model, tmp_path):
     """Another width, other weights in the same shapes, no δ at all: one line."""
     def refused(*arguments):
         result = command()([*arguments, "--max-new-tokens", 2])
@@ -429,6 +464,10 @@ def test_delta_of_another_model(kept, tmp_path):
     write_safetensors(other / "model.safetensors", tensors)
     assert "was fitted to another model" in refused("--model", other, "hello", "--delta", kept[0])
     assert "is no file of --save-delta" in refused("hello", "--delta", other / "model.safetensors")
+    broken = read_safetensors(kept[0])
+    broken = {"delta": broken["delta"] * torch.inf, "head": broken["head"].clone()}
+    write_safetensors(tmp_path / "broken", broken)
+    assert "holds what is no number" in refused("--model", model, "hello", "--delta", tmp_path / "broken")
     for several in (["hello"], ["hello", "you"]):
         assert "is a folder" in refused(*several, "--delta", "")
     for name, content in (("missing", None), ("empty", b""), ("text", b"hello" * 9)):
