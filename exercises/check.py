@@ -56,7 +56,7 @@ class Exercise(NamedTuple):
     parts: tuple = ()                   # names of the parts of a result, when it is a tuple
     returns: str = ""                   # what is to be returned then, in words
     forbidden: tuple = ()               # names that the student's function may not use
-    tolerance: float = 1e-5  # relative and absolute; in 16 bits four units in the last
+    tolerance: float = 1e-5  # relative and absolute; in 16 bits 4 eps, as for numbers of 1
 
 
 class Verdict(NamedTuple):
@@ -344,28 +344,33 @@ def where(error, file):
 
 
 def not_allowed(exercise, file):
-    """What a student's file uses though it is to do without, in words, or ""."""
+    """What a student's function, or what it calls in the file, uses though it is to do without, in
+    words, or ""."""
     module = ast.parse(Path(file).read_text(encoding="utf-8")) if file else ast.Module([], [])
-    imported, asked, named = set(), set(), set()
-    own, brought = set(), set()             # names that the file makes, that an import brings
+    own, brought = set(), {}    # names that the file makes; that imports bring: {name: its origin}
     for node in ast.walk(module):
         if isinstance(node, (ast.FunctionDef, ast.arg)):
             own.add(getattr(node, "name", None) or getattr(node, "arg", None))
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             own.add(node.id)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            brought |= {alias.asname or alias.name for alias in node.names}
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom) and node.module:
-            imported.add(node.module.split(".")[0])
-        if getattr(node, "name", None) == exercise.solution.__name__:
-            asked |= {getattr(part, "attr", None) for part in ast.walk(node)}       # torch.cat
-            named |= {getattr(part, "id", None) for part in ast.walk(node)}         # cat
-    used = (asked | named - (own - brought)) & set(exercise.forbidden)
+            above = f"{node.module}." if getattr(node, "module", None) else ""
+            brought |= {alias.asname or alias.name: (above + alias.name).split(".")
+                        for alias in node.names}
+
+    functions = {node.name: node for node in module.body if hasattr(node, "name")}
+    asked, named, ahead = set(), set(), {exercise.solution.__name__} & functions.keys()
+    while ahead:
+        parts = list(ast.walk(functions.pop(ahead.pop())))
+        asked |= {getattr(part, "attr", None) for part in parts}                    # torch.cat
+        named |= {getattr(part, "id", None) for part in parts}                      # cat
+        ahead = named & functions.keys()
+    asked.update(*(brought[name] for name in named & brought.keys()))
+    used = (asked | named - (own - brought.keys())) & set(exercise.forbidden)
     if used:
         names = ", ".join(sorted(used))
         return f"the results are right, but the exercise is to do without {names}"
+    imported = {origin[0] for origin in brought.values()}
     if imported & OURS:
         names = ", ".join(sorted(imported & OURS))
         return f"the results are right, but {Path(file).name} imports {names}"

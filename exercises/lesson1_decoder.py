@@ -37,9 +37,9 @@ def rms_norm(x, weight, eps):
     less to compute. eps keeps a vector of zeros from being divided by zero. In a 16-bit model the
     squares would overflow (float16 ends at 65,504, and 300² is more), so the statistics and the
     division are made in float32. The quotient goes back to x's dtype, then the weight is applied.
-    (The check sees that the squares are float32 and that x's dtype comes back. Where float32 ends,
-    before the division, after it or after the weight, changes only the last digits of 16 bits: that
-    it does not see.)
+    (The check sees that float16's squares are float32 and that x's dtype comes back. Where float32
+    ends, before the division, after it or after the weight, changes only the last digits of 16
+    bits: that it does not see.)
 
     x        (..., d)   any number of dimensions before the last; float32, float16 or bfloat16
     weight   (d,)       of the same dtype
@@ -535,7 +535,7 @@ def cache_observe(Cache, layers, room, chunks):
     B, K, D = 2, 3, 4
     cache = Cache(layers, B, K, room, D)
     returned, positions, moved = [], [], False
-    places = {}                                                 # layer: where its keys lie
+    places = {}                                                 # layer: where keys and values lie
     for number, T in enumerate(chunks):
         for layer in range(layers):
             new_k, new_v = random(100 * number + layer, 2, B, K, T, D)
@@ -545,7 +545,7 @@ def cache_observe(Cache, layers, room, chunks):
                 full = f"ValueError at {sum(chunks[:number + 1])} of {room}"
                 return returned, positions, not moved, full
             returned.append((k.clone(), v.clone()))
-            place = k.untyped_storage().data_ptr()
+            place = [each.untyped_storage().data_ptr() for each in (k, v)]
             moved = moved or places.setdefault(layer, place) != place
         cache.advance(T)
         positions.append(cache.pos)

@@ -465,8 +465,8 @@ STREAM_TEXT = Exercise(
                 "F0 9F 99 was taken for complete: a first byte from F0 on begins one of four.",
                 {"2 + (byte >= 0b1110_0000) + (byte >= 0b1111_0000)": "2 + (byte >= 0b1110_0000)"}),
         Mistake("U+FFFD is taken for an unfinished character",
-                "A model may write U+FFFD itself, or a broken byte: it is certain and is given "
-                "out at once. Look at the bytes.",
+                "A model may write U+FFFD itself: it is certain and is given out at once. Look at "
+                "the bytes.",
                 {"ready, waiting = waiting[:len(waiting) - keep], waiting[len(waiting) - keep:]":
                  "held = waiting.decode('utf-8', 'replace').endswith(chr(0xFFFD))\n"
                  "        ready, waiting = (b'', waiting) if held else (waiting, b'')"}),

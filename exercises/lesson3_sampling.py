@@ -1,5 +1,4 @@
 """Lesson III. Sampling: from logits to the next token. See `sampler` in generate.py."""
-import math
 
 import torch
 

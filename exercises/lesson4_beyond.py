@@ -87,8 +87,9 @@ class Exponentials(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__.strip("_")
-        if name in ("exp", "exp2", "expm1", "softmax", "log_softmax", "logsumexp"):
-            self.large += args[0].numel() >= self.size
+        power = args[1] if name == "pow" else args[0]           # math.e ** z is an exponential, too
+        if name in ("pow", "exp", "exp2", "expm1", "softmax", "log_softmax", "logsumexp"):
+            self.large += isinstance(power, torch.Tensor) and power.numel() >= self.size
         return function(*args, **(kwargs or {}))
 
 
@@ -97,7 +98,8 @@ def closed_form_observe(closed_form, hidden, targets, W, steps, lr):
         result = closed_form(hidden, targets, W, steps, lr)
     if not isinstance(result, tuple) or len(result) != 2:
         return result
-    return (*result, counted.large <= 1)
+    large = counted.large > 4 and len(targets) > 1              # five steps would make five
+    return (*result, not large)
 
 
 def closed_form_cases():

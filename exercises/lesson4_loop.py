@@ -11,7 +11,7 @@ from exercises.lesson1_decoder import random
 from exercises.program import answers_with, bar, embedded, prompt_states
 
 
-STEERED = "--problem 12 --slot-steps 5 --slot-lr 0.1".split()  # a problem whose answer SLOT changes
+STEERED = "--problem 57 --slot-steps 5 --slot-lr 0.1".split()  # a problem whose answer SLOT changes
 AUTOGRAD = "requires_grad", "requires_grad_", "backward", "autograd", "grad", "func"
 
 
@@ -299,7 +299,11 @@ def graph_of(tensors):
 
 
 def optimize_delta_observe(optimize_delta, hidden, tokens, lm_head, steps, lr):
-    return fit_and_traces(optimize_delta(hidden, tokens, lm_head, steps, lr), lm_head)
+    if hidden.requires_grad:
+        hidden.retain_grad()                                    # if a gradient comes this way
+    found = fit_and_traces(optimize_delta(hidden, tokens, lm_head, steps, lr), lm_head)
+    walked = "none" if hidden.grad is None else "a gradient"
+    return (*found, walked) if isinstance(found, tuple) and len(found) == len(FIT_PARTS) else found
 
 
 def optimize_delta_cases():
@@ -344,7 +348,7 @@ ADAMW = "torch.optim.AdamW([delta], lr=lr, eps=1e-5, weight_decay=1e-8)"
 LOOP = Exercise(
     title="The loop", minutes=45, level="medium",
     solution=optimize_delta, cases=optimize_delta_cases, observe=optimize_delta_observe,
-    parts=FIT_PARTS, returns="the pair (δ, losses)",
+    parts=(*FIT_PARTS, "hidden's .grad"), returns="the pair (δ, losses)",
     reward=optimize_delta_reward, trial=optimize_delta_trial,
     mistakes=[
         Mistake("the gradient of W is collected",
@@ -359,6 +363,14 @@ LOOP = Exercise(
                 "W is cut off, hidden is not: it still carries the graph of the decoder. The first "
                 "backward() freed that graph, the second finds nothing. h is a constant, too.",
                 {"with torch.no_grad():": "if True:", "backward(inputs=[delta])": "backward()",
+                 "lm_head(hidden[:, :-1])": "F.linear(hidden[:, :-1], lm_head.weight.detach())",
+                 "lm_head(delta)": "F.linear(delta, lm_head.weight.detach())"}),
+        Mistake("the decoder's graph is walked through in every step, since it is kept",
+                "retain_graph=True silences the error and hides its cause: hidden still carries "
+                "the graph of the decoder, and every backward() goes all the way down. h is a "
+                "constant: cut it off.",
+                {"with torch.no_grad():": "if True:",
+                 "backward(inputs=[delta])": "backward(retain_graph=True)",
                  "lm_head(hidden[:, :-1])": "F.linear(hidden[:, :-1], lm_head.weight.detach())",
                  "lm_head(delta)": "F.linear(delta, lm_head.weight.detach())"}),
         Mistake("the graphs of the decoder and of W are walked through",
@@ -477,8 +489,8 @@ def prompt_gradient(hidden, targets, W, delta):
         g = Wᵀ (p - y)                                                    (d,)
 
     Read it aloud: δ moves until the model predicts, on average, each word as often as the prompt
-    has it. Order and context do not occur in p - y. That is all SLOT can learn from a prompt: its
-    word counts, as far as W can tell words apart.
+    has it. Of what came, y keeps the counts alone: the same words in another order have the same y.
+    Context enters only through p, the predictions: a word that was foreseen pulls less.
 
     hidden   (n, d)   the positions that have a successor
     targets  (n,)     int64, the successors; a token may come several times
@@ -600,9 +612,11 @@ GRADIENT = Exercise(
            "W δ is one vector (V,) that is added to every row of h Wᵀ.",
            "torch.bincount(targets, minlength=V) / n is y. Wᵀ(p - y) is W.T @ (p - y)."],
     answer="With equal h_t the model makes the same prediction everywhere, so the best it can do "
-           "is to predict the prompt's word frequencies: p = y, and the loss is their entropy. δ "
-           "gets there if W has as many independent directions as words; with d < V - 1 it gets "
-           "as near as Wᵀ(p - y) = 0.")
+           "is to predict the prompt's word frequencies: p = y, and the loss is their entropy. If "
+           "W has as many independent directions as words, δ comes as near as one likes, but at "
+           "no finite δ does the gradient vanish while a word of the vocabulary is missing from "
+           "the prompt: its p is never 0. With fewer directions, d < V - 1, it vanishes where "
+           "Wᵀp = Wᵀy, if anywhere.")
 
 
 EXERCISES = [PROMPT_LOSS, LOOP, GRADIENT]

@@ -22,8 +22,9 @@ from tiny.problems import heldout
 def compare(plain, slot, golds):
     """Did SLOT help? Score the answers, count what changed, and ask whether a coin could do it.
 
-    An answer ends with a line "#### number". It is right if the number behind the *last* "####" has
-    the value of the known solution. Numbers may have a sign, thousands separators and decimals:
+    An answer marks its result as "#### number", perhaps more than once. The *last* mark with a
+    number counts, whatever follows it: the answer is right if that number has the value of the
+    known solution. Numbers may have a sign, thousands separators and decimals:
     -1,250.50 is -1250.5. A text without such a mark is wrong. (The authors' script takes the last
     run of digits instead: it reads 1,875 as 875 and -5 as 5.)
 
@@ -76,7 +77,8 @@ def compare_cases():
     rows = [("12 + 3 = 15\n#### 15", "I say 15", "15"), ("#### 7\n#### 8", "#### 8\nor 9", "8"),
             ("#### 875", "#### 1,875", "1875"), ("#### -5", "#### 5", "5"),
             ("#### 12.50", "#### 12", "12.5"), ("#### 7", "#### 8\n#### 7", "8"),
-            ("none", "#### -40", "-40"), ("#### 3", "#### 3.0", "3")]
+            ("none", "#### -40", "-40"), ("#### 3", "#### 3.0", "3"),
+            ("#### 100", "#### 10", "10")]
     written = {f"{b!r} for {gold}": ([a], [b], [gold]) for a, b, gold in rows}
     many = [0] * 14 + [1] * 20
     return {
@@ -381,10 +383,10 @@ CAN_GAIN = Exercise(
            "torch.bincount(x_prompt, minlength=V).float().log1p() is c. Take off its mean.",
            "Scale c so that its norm is that of b - b.mean()."],
     answer="On problems with known answers, cheap: one forward pass each, no decoding, no lucky "
-           "tokens. If the cosines scatter around 0, SLOT cannot help on average, whatever the "
-           "number of steps; if they are positive, by how much a small step can help is their "
-           "mean times the gradients' lengths. It says nothing about long walks, where the second "
-           "order counts.")
+           "tokens. If the cosines scatter around 0, a small step cannot help on average; if they "
+           "are positive, by how much it can is their mean times the gradients' lengths. It says "
+           "nothing about long walks, where the second order counts, and little about AdamW, whose "
+           "first step forgets how large each entry of the gradient is.")
 
 
 EXERCISES = [COMPARE, CAN_GAIN]

@@ -477,6 +477,55 @@ def test_a_name_of_ones_own_is_no_forbidden_one(tmp_path):
     assert student(tmp_path, 11, brought).status == "not allowed"
 
 
+def solved(tmp_path, number, *edits, before=""):
+    """The verdict on the solution with edits, and with lines before it in the file."""
+    name, text = EXERCISES[number].solution.__name__, inspect.getsource(EXERCISES[number].solution)
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = tmp_path / "work.py"
+    path.write_text(f"import codecs\nimport json, math, re, struct\nimport torch\nimport torch.nn.functional as F\n{before}\n{text}")
+    return check(number, EXERCISES[number], getattr(module_of(path), name), path)
+
+
+@needs_solutions
+@pytest.mark.parametrize("number, before, old, new", [
+    (11, "def mine(f, d):\n    return torch.autograd.functional.jacobian(f, d)\n", "return W.T @ (p - y)",
+     "return mine(lambda d: F.cross_entropy(hidden @ W.T + W @ d, targets), delta)"),
+    (11, "from torch.autograd.functional import jacobian\n", "return W.T @ (p - y)",
+     "return jacobian(lambda d: F.cross_entropy(hidden @ W.T + W @ d, targets), delta)"),
+    (11, "from torch.func import grad as slope\n", "return W.T @ (p - y)",
+     "return slope(lambda d: F.cross_entropy(hidden @ W.T + W @ d, targets))(delta)"),
+    (7, "from codecs import getincrementaldecoder as inc\n", "waiting = b", "inc; waiting = b")],
+    ids=["in a helper", "by its folder", "under another name", "a decoder under another name"])
+def test_what_is_forbidden_is_found_where_it_hides(number, before, old, new, tmp_path):
+    assert solved(tmp_path, number, (old, new), before=before).status == "not allowed"
+
+
+@needs_solutions
+def test_exponentials_count_where_they_are_made(tmp_path):
+    """Two or three before the loop are no matter; one in every step is, in whatever words."""
+    once = "E = (z - top).exp()"
+    assert solved(tmp_path, 12, (once, f"z.logsumexp(1); z.softmax(1); {once}")).status == "passed"
+    for way in ("(z - top).exp() @ c", "math.e ** (z - top) @ c", "torch.pow(math.e, z - top) @ c"):
+        verdict = solved(tmp_path, 12, ("s = E @ c", f"s = {way}"))
+        assert verdict.status == "mistake" and "every step" in verdict.text, way
+
+
+@needs_solutions
+def test_what_a_graph_that_is_kept_hides(tmp_path):
+    verdict = solved(tmp_path, 10, ("with torch.no_grad():", "if True:"), ("backward(inputs=[delta])", "backward(retain_graph=True)"),
+                     ("lm_head(hidden[:, :-1])", "F.linear(hidden[:, :-1], lm_head.weight.detach())"),
+                     ("lm_head(delta)", "F.linear(delta, lm_head.weight.detach())"))
+    assert verdict.status == "mistake" and "retain_graph" in verdict.text
+
+
+@needs_solutions
+def test_values_are_views_like_keys(tmp_path):
+    verdict = solved(tmp_path, 4, ("self.v[layer, :, :, :end]", "self.v[layer, :, :, :end].clone()"))
+    assert verdict.status != "passed"
+
+
 def test_what_the_exercise_forbids_does_not_pass(tmp_path):
     body = "return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * weight"
     verdict = student(tmp_path, 1, body)

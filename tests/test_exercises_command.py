@@ -265,7 +265,7 @@ PARTS = {1: "the mean is subtracted", 2: "neighbours are paired", 3: "scores are
          16: "the product instead of the cosine"}
 
 RUNS = {1: "python generate.py --problem 1 --slot-steps 3 --slot-lr 0.01\n",
-        9: "python generate.py --problem 12 --slot-steps 5 --slot-lr 0.1\n",
+        9: "python generate.py --problem 57 --slot-steps 5 --slot-lr 0.1\n",
         13: "three held-out problems (common, rare, unseen) in one padded batch, 5 steps at lr 0.1\n"}
 
 
