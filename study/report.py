@@ -3,7 +3,8 @@ paired: same samples, plain model beside.
 
 A *gain* is an accuracy that rose (sign test, Holm-corrected p < 0.05) or an answer loss that fell
 (interval below 0). It stands in bold. The letter r, w, u behind it says that this control reaches
-it, too: that SLOT, at the same point, is not shown to be better (same tests, SLOT against control).
+it, too: that SLOT, at the same point, is not shown to be better (the same tests of SLOT against the
+control, a sign test's p as it is, without Holm's correction).
 
 The section "Time" stands last, because it alone differs between two runs.
 """
