@@ -51,6 +51,7 @@ TABLE = {
         ("rotation true is 1", "value == 1 and value is not True", "value == 1"),
     ],
     ("checks/config.py", f"{CONFIG} -k sliding"): [
+        ("a window without a size is none", 'raw.get("sliding_window", 4096)', 'raw.get("sliding_window")'),
         ("a window in use passes",
          'if in_use and kinds is None and (raw.get("max_window_layers") or 0) < layers:', "if False:"),
     ],
@@ -119,6 +120,9 @@ TABLE = {
     ("checks/hub.py", f"{HUB} -k refs or places"): [
         ("an empty refs/main leads to snapshots/", 'if re.fullmatch("[0-9a-f]{6,64}", commit) and', "if"),
     ],
+    ("checks/hub.py", f"{HUB} -k fetched"): [
+        ("a tokenizer's files are taken for a model", "commit) and whole:", 'commit) and os.path.exists(snapshot / "config.json"):'),
+    ],
     ("checks/command.py", f"{COMMAND} -k ignored"): [
         ("ignored signals are answered", "if signal.getsignal(number) != signal.SIG_IGN:", "if True:"),
     ],
@@ -162,7 +166,7 @@ TABLE = {
         ("a byte-order mark is part of the prompt", ".removeprefix(codecs.BOM_UTF8)", ""),
     ],
     ("checks/prompts.py", f"{PROMPTS} -k cut"): [
-        ("a cut object is a prompt", "if re.match(r'{\\s*\"', line):", "if False:"),
+        ("a cut object is a prompt", "if re.match(r'\\s*{\\s*\"', line):", "if False:"),
     ],
     ("tiny/train.py", f"{TRAIN} -k overwrite"): [
         ("training writes over a finished model", "    if finished and not overwrite:", "    if False:"),

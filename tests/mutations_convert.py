@@ -23,6 +23,7 @@ TABLE = {
         ("convert: any table of frequencies taken for Llama 3's", "if not np.allclose(slower",
          "if 0 and not np.allclose(slower"),
         ("convert: qwen2 without NFC", 'if "qwen" in pre else None', 'if "none" in pre else None'),
+        ("convert: a first token that transformers does not read", "if begins and bos in added:", "if False:"),
         ("convert: Llama 3 cuts digits as Qwen2", '"llama-bpe": LLAMA_CUT', '"llama-bpe": QWEN_CUT'),
         ("convert: smollm cuts as GPT-2", '"smollm": [DIGITS, BYTES]', '"smollm": [BYTES]'),
         ("convert: whole words of Llama 3 not taken", '"ignore_merges": pre == "llama-bpe"',
