@@ -123,6 +123,7 @@ def optimizer(args, lm):
         check_delta(args.delta, kept, lm)
         return lambda *_: (kept["delta"].to(args.device), torch.zeros(0))
     if args.slot_fast:
+        speed.batch.closed_form_stands_for_slot()
         fast = speed.parallel_delta if args.ranks > 1 else speed.delta
         return partial(fast.optimize_delta_fast, memory=int(args.slot_memory * 2**30))
     return optimize_delta
@@ -237,7 +238,8 @@ def answer_together(args, lm, tokenizer, ids, limits, fit, draws):
         answers = speed.batch.collected(columns, len(ids[part]))
         count, seconds = sum(map(len, answers)), time.perf_counter() - began
         cut = sum(len(got) == new for got in answers)
-        say(f"batch     {len(answers)} prompts, {count} tokens in {seconds:.2f} s; "
+        fitted = f", {args.slot_steps} steps at lr {args.slot_lr:g} each" if args.slot_steps else ""
+        say(f"batch     {len(answers)} prompts{fitted}, {count} tokens in {seconds:.2f} s; "
             f"{cut} answers cut at {new} new tokens")
         yield from (tokenizer.decode(got, skip_special=True) for got in answers)
 

@@ -54,8 +54,7 @@ def read_safetensors(path):
 
 
 def write_safetensors(path, tensors):
-    """Write {name: tensor}, of the dtypes above, as one file, whole or not at all. ValueError or
-    OSError names it."""
+    """{name: tensor} of the dtypes above -> one file or none. ValueError or OSError names it."""
     check_target(path)
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0

@@ -28,7 +28,7 @@ def show(value, limit=60):
         return text if len(text) <= limit else "..." + text[3 - limit:]
     short = reprlib.Repr()                              # never builds the repr of the whole value
     short.maxstring = short.maxother = short.maxlong = limit
-    text = short.repr(value[:limit + 1] if isinstance(value, (str, bytes)) else value)
+    text = short.repr(value[:limit + 1] if isinstance(value, bytes) else value)
     return text if len(text) <= limit else text[:limit - 3] + "..."
 
 

@@ -20,16 +20,17 @@ def parse_arguments(arguments=None):
     add("--system", metavar="TEXT", help="a system message before every prompt")
     add("--raw", action="store_true", help="continue the prompt as it is, without chat template")
     add("--problem", type=number(int, 1, 300), metavar="N", help="held-out problem N of tiny/")
-    add("--slot-steps", type=number(int, 0, 10_000), metavar="N", help="steps (default 0: plain)")
+    add("--slot-steps", type=number(int, 0, 10_000), metavar="N", help="steps (default 0: plain; "
+        "5 with --compare; 3 with --slot-lr, --slot-fast or --slot-file)")
     add("--slot-lr", type=number(float, 0, 1e6, above=True), metavar="X",
-        help="learning rate (default 0.01; it means 3 steps, so do --slot-fast and --slot-file)")
+        help="learning rate (default 0.01; 0.1 with --compare)")
     add("--slot-fast", action="store_true", help="the same δ by speed/delta.py, in bounded memory")
     add("--slot-memory", type=number(float, 0, 1 << 20, above=True), default=1.0, metavar="GIB",
         help="that bound (default 1)")
     add("--slot-file", type=slot_file, metavar="FILE", help="your copy of slot.py for ours")
     add("--save-delta", metavar="FILE", help="keep δ as a safetensors file")
     add("--delta", metavar="FILE", help="answer with a δ that was kept, instead of fitting one")
-    add("--compare", action="store_true", help="the plain answer, then SLOT's (5 steps at 0.1)")
+    add("--compare", action="store_true", help="the plain answer, then SLOT's")
     add("--picture", metavar="FILE", help="as --compare, and a web page of what δ saw and changed")
     add("--reference", metavar="TEXT", help="a right answer: the page shows how its loss changes")
     add("--max-new-tokens", type=number(int, 1, 1 << 30), metavar="N",
@@ -43,12 +44,11 @@ def parse_arguments(arguments=None):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     args = parser.parse_args(arguments)
     args.compare = args.compare or args.picture is not None
+    compares = args.compare and args.delta is None
     if args.slot_steps is None:
-        fits = args.delta is None and (args.slot_fast or args.slot_file)
-        args.slot_steps = 3 if args.slot_lr or fits else 0
-        if args.compare and args.delta is None and not args.slot_lr:
-            args.slot_steps, args.slot_lr = 5, 0.1
-    args.slot_lr = args.slot_lr or 0.01
+        fits = args.slot_lr or args.delta is None and (args.slot_fast or args.slot_file)
+        args.slot_steps = 5 if compares else 3 if fits else 0
+    args.slot_lr = args.slot_lr or (0.1 if compares else 0.01)
     check_options(parser, args)
     check_speed(parser, args)
     use_slot_file(parser, args)

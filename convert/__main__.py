@@ -32,7 +32,7 @@ def parse_arguments(arguments=None):
         help="of the folder's weights (default float32: the file's numbers, not rounded again)")
     args = parser.parse_args(arguments)
     if args.folder is None and args.source not in PACKAGES:
-        parser.error("give the folder to make as well")
+        parser.error(f"give the folder to make as well, or one of {', '.join(PACKAGES)}")
     args.folder = args.folder or kept(args.source)
     return args
 
@@ -100,11 +100,13 @@ def fill(folder, path, dtype, origin):
 
 def main(args):
     named = args.source in PACKAGES
+    name = args.source if args.folder == kept(args.source) else show(args.folder, 160)
     origin = f", out of the package {PACKAGES[args.source][0]}" if named else ""
     if find_spec("gguf") is None:
         raise ValueError("the gguf library reads this format; get it with: pip install gguf")
     if os.path.lexists(args.folder):
-        raise ValueError(f"{show(args.folder, 160)}: is there already; use it, or name a new one")
+        raise ValueError(f"{show(args.folder, 160)}: is there already; use it (--model {name}), or "
+                         "name a new one")
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=".convert-") as scratch:
         path = fetch(args.source, scratch) if named else regular_file(args.source)
@@ -115,7 +117,6 @@ def main(args):
         except (ValueError, NotImplementedError) as error:  # the latter: a kind of quantisation
             raise ValueError(f"{show(path, 120)}: {str(error).replace(f'{whole}/', '')}") from None
         whole.rename(args.folder)
-    name = args.source if args.folder == kept(args.source) else args.folder
     say(f"done: python generate.py --model {name} \"...\"")
 
 

@@ -86,9 +86,9 @@ def weight_of(tensor, family, config, dtype):
 
 def begin_with(text, id):
     """-> the step of tokenizer.json that puts a token before every text."""
-    first = {"SpecialToken": {"id": text, "type_id": 0}}
-    one, two = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
-    return {"type": "TemplateProcessing", "single": [first, one], "pair": [first, one, two],
+    single = [{"SpecialToken": {"id": text, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {"type": "TemplateProcessing", "single": single,
+            "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {text: {"id": text, "ids": [id], "tokens": [text]}}}
 
 

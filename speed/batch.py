@@ -24,21 +24,32 @@ import torch
 import slot
 from model import KVCache
 
-TWIN = "8fe3a492322d56a6"     # `digest` of those three when this was written
+TWIN = "8fe3a492322d56a6"           # `digest` of those three when this was written
+CLOSED_FORM = "7bdafc9c0e1f5d8f"    # of what speed/delta.py stands for
 
 
-def digest():
-    source = "".join(map(inspect.getsource, (slot.prefill, slot.likeliest, slot.decode)))
+def digest(*functions):
+    source = "".join(map(inspect.getsource, functions))
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def stands_for_slot():
     """Whether slot.py's functions are those that are written anew below. Says so if not."""
+    return unedited(TWIN, "likeliest, prefill or decode has been edited: it is asked itself, "
+                    "prompts are answered one by one", slot.prefill, slot.likeliest, slot.decode)
+
+
+def closed_form_stands_for_slot():
+    """Whether slot.py's loop is the one that speed/delta.py stands for. Says so if not."""
+    return unedited(CLOSED_FORM, "prompt_loss or optimize_delta has been edited: --slot-fast does "
+                    "not run it", slot.prompt_loss, slot.optimize_delta)
+
+
+def unedited(digest_then, what_if_not, *functions):
     with contextlib.suppress(OSError, TypeError):       # where Python finds no source of them
-        if digest() == TWIN:
+        if digest(*functions) == digest_then:
             return True
-    print("note      slot.py's likeliest, prefill or decode has been edited: it is asked itself, "
-          "prompts are answered one by one", file=sys.stderr, flush=True)
+    print(f"note      slot.py's {what_if_not}", file=sys.stderr, flush=True)
     return False
 
 

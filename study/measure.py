@@ -109,6 +109,7 @@ class Study:
         self.as_written = speed and speed.batch.stands_for_slot()   # so that speed/ may stand in
         self.optimize = slot.optimize_delta
         if args.slot_fast:
+            speed.batch.closed_form_stands_for_slot()
             fast = speed.parallel_delta if args.tensor_parallel > 1 else speed.delta
             self.optimize = fast.optimize_delta_fast
         kinds = dict.fromkeys(p.kind for p in problems)

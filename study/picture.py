@@ -1,8 +1,8 @@
-"""A picture of one prompt: what δ saw in it, what it changed, where the answer turned. `Picture`
+r"""A picture of one prompt: what δ saw in it, what it changed, where the answer turned. `Picture`
 looks on while generate.py fits δ and decodes; picture.html, beside this file, draws it. README's:
 
-    python generate.py --model smollm2 --picture out.html
-        "Rewrite politely: Send me the report now."
+    python generate.py --model smollm2 --picture out.html \
+        "Rewrite politely: Send me the report now." \
         --reference "Could you please send me the report now?"
 """
 import json

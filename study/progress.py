@@ -18,9 +18,11 @@ class Progress:
             return
         self.last = now
         rate = (self.done - self.first) / (now - self.began + 1e-9)         # results a second
-        left = int((self.total - self.done) / rate) if rate else 0
-        line = (f"{self.done * self.samples // self.total}/{self.samples} samples  "
-                f"{rate * self.samples / self.total:.2f}/s  {left // 60}:{left % 60:02} left")
+        line = f"{self.done * self.samples // self.total}/{self.samples} samples"
+        if self.done - self.first > self.total // 100:              # the first ones have no rate
+            left = int((self.total - self.done) / rate)
+            line += (f"  {rate * self.samples / self.total:.2f}/s  "
+                     f"{left // 60}:{left % 60:02} left")
         if terminal:
             line = "\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1]
         print(line, end="" if terminal else "\n", file=sys.stderr, flush=True)

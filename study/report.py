@@ -8,6 +8,8 @@ control, a sign test's p as it is, without Holm's correction).
 
 The section "Time" stands last, because it alone differs between two runs.
 """
+import math
+
 import numpy as np
 
 from checks.files import whole_file
@@ -15,6 +17,7 @@ from study.plot import plot
 from study.settings import label, name
 from study.stats import bootstrap_mean, bootstrap_rank, bootstrap_ratio, holm, sign_test, wilson
 
+FEW = 30                # samples
 LETTERS = {"random": "r", "wrong-prompt": "w", "unigram": "u"}
 ACCURACY_HEAD = ["accuracy % [95 % CI]", "fixed / broken", "p", "Holm p"]
 LOSS_HEAD = ["answer loss (held out)", "its change [95 % CI]", "prompt loss (seen)"]
@@ -97,11 +100,14 @@ def findings(tables, args, corrected):
     lower = [(*test, "answer_loss") for test in tests if better(*test, "answer_loss")]
     moved = [test for test in corrected if corrected[test][1] < 0.05]
     rose = [(*test, "strict") for test in moved if better(*test, "strict", p=corrected[test][1])]
-    text = []
+    text, least = [], min(table.count for table in tables.values())
+    if least < FEW:
+        text.append(f"{least} sample{'s' * (least > 1)} of a kind: intervals and tests of so few "
+                    "say little.")
     if corrected:
-        text = [f"Accuracy: {len(tests)} hypotheses ({len(args.points)} settings, {len(tables)} "
-                f"kind{'s' * (len(tables) > 1)}). After Holm's correction it rose in {len(rose)} "
-                f"and fell in {len(moved) - len(rose)}."]
+        text.append(f"Accuracy: {len(tests)} hypotheses ({len(args.points)} settings, "
+                    f"{len(tables)} kind{'s' * (len(tables) > 1)}). After Holm's correction it "
+                    f"rose in {len(rose)} and fell in {len(moved) - len(rose)}.")
     text.append(f"Loss on the held-out answer: its 95 % interval lies below 0 in {len(lower)} of "
                 f"{len(tests)} and above 0 in {higher} (not corrected: {0.05 * len(tests):.1f} "
                 "would stray from 0 by luck).")
@@ -122,7 +128,8 @@ def percent(x):
 
 
 def interval(figures):
-    return "–" if figures[0] != figures[0] else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*figures)
+    known = not any(map(math.isnan, figures))
+    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*figures) if known else "–"
 
 
 def p_value(p):

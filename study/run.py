@@ -6,6 +6,8 @@ import sys
 import time
 from importlib import metadata, util
 
+import torch
+
 from checks.weights import check_device
 from load_weights import find_model, load_model
 from study import report
@@ -54,6 +56,7 @@ def main(args):
     batches = batches_of(study)[replica::replicas]
     own = {sample for batch in batches for sample in batch}
     there = sum(row["sample"] in own for row in results.rows.values())
+    torch.optim.AdamW([torch.zeros(1)])     # the first imports 800 modules: not SLOT's time
     progress = Progress(there, len(names), len(own), quiet=replica > 0)
     line = f"study     {args.task}: {len(kinds)} samples, {len(names)} settings, {loop}"
     if replicas > 1:
@@ -158,8 +161,8 @@ def notes_of(study, every, positions, too_long):
     if args.tensor_parallel > 1:
         name += f", in parts: of each of {args.tensor_parallel} ranks"
     notes = [f"Model: {name}, {size:,.2f} M parameters, {dtype_of(study.lm)}, {args.device}. "
-             f"Greedy decoding, at most {new} new tokens; {args.shots} solved problems before each "
-             "question.",
+             + ("Nothing is decoded" if args.only else f"Greedy decoding, at most {new} new tokens")
+             + f"; {args.shots} solved problems before each question.",
              f"Scorers on the {len(every):,} reference answers: strict finds {right:,} right, the "
              f"paper's rule {f'{theirs.count(True):,}.' if known else 'knows no such answers.'}"]
     if too_long:

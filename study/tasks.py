@@ -120,11 +120,13 @@ def tokenized(args, problems, tokenizer, most):
         end = max(0, len(problems) - args.shots)
         shots = [(p.question, p.reference) for p in problems[end:]]
         problems = problems[args.skip:end][:args.limit]
+    if not problems:
+        raise ValueError(f"no problem of {args.task} is left; use a lower --skip or --shots")
     asked = []
     for p in problems:
         asked.append(p._replace(ids=tokenizer.chat_ids(messages(p.system, shots, p.question))))
     fit = [p for p in asked if len(p.ids) <= most]
     if not fit:
-        raise ValueError(f"no prompt of {args.task} is left that fits in {most} tokens; use "
-                         "another model, or a lower --max-new-tokens, --skip or --shots")
+        raise ValueError(f"no prompt of {args.task} fits in {most} tokens; use another model, or a "
+                         "lower --max-new-tokens or --shots")
     return fit, len(asked) - len(fit)

@@ -231,7 +231,7 @@ TABLE = {
         ("batch: NaN among the logits is chosen from", "if not logits.sum().isfinite():", "if False:"),
     ],
     ("speed/batch.py", f"{GENERATE} -k edited_decode"): [
-        ("batch: an edited slot.decode is stood for", "if digest() == TWIN:", "if True:"),
+        ("batch: an edited slot.decode is stood for", "if digest(*functions) == digest_then:", "if True:"),
         ("batch: slot.steer is not told how long the answer is", "W_delta, hidden, count)", "W_delta, hidden, 0)"),
         ("batch: slot.steer is told another's h", "W_delta, hidden, count)", "W_delta, hidden.flip(0), count)"),
     ],
@@ -251,9 +251,7 @@ TABLE = {
          "logits = logits.cpu()"),
     ],
     ("generate.py", f"{GENERATE} -k not slot_file and not first_command and not as_it_is_made"): [
-        ("the closed form without being asked", "    if args.slot_fast:\n        fast =",
-         "    if True:\n"
-         "        fast ="),
+        ("the closed form without being asked", "    if args.slot_fast:\n        speed.batch", "    if True:\n        speed.batch"),
         ("lr of the command not handed on",
          "fit(hidden, tokens, lm.lm_head, args.slot_steps, args.slot_lr)",
          "fit(hidden, tokens, lm.lm_head, args.slot_steps, 0.01)"),

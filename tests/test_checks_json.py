@@ -56,4 +56,5 @@ def test_show_is_short_and_printable():
     for value in ("a" * 10**6, "\n\u202e\x1b[31m" * 50, b"\xff" * 500, [["x" * 500] * 500] * 500, {"k" * 99: "v" * 99}, 10**50, None, Path("x" * 500 + "\n")):
         text = show(value)
         assert len(text) <= 60 and text.isprintable()
+    assert show("begin" + 99 * "x" + "end").startswith("'begin") and show("begin" + 99 * "x" + "end").endswith("xend'"), "the end is shown"
     assert show("it's") == '"it\'s"' and show(Path("a/b.json")) == "a/b.json"

@@ -127,6 +127,14 @@ def test_a_rate_alone_means_three_steps():
     assert "slot " not in short().err
 
 
+def test_compare_has_settings_of_its_own():
+    """5 steps at 0.1, of which either may be another."""
+    short = functools.partial(run, "--compare", "--max-new-tokens", 2)
+    for options, said in (((), "5 steps, lr 0.1,"), (("--slot-steps", 2), "2 steps, lr 0.1,"), (("--slot-lr", 0.01), "5 steps, lr 0.01,"),
+                          (("--slot-steps", 3, "--slot-lr", 0.2), "3 steps, lr 0.2,")):
+        assert said in short(*options).err
+
+
 def test_problem_picks_and_seed_only_seeds():
     problems = heldout("common", 40)
     result = run("--problem", 40, "--max-new-tokens", 3)
@@ -276,7 +284,7 @@ def test_compare():
     result = run("--compare")
     _, plain, steered = re.split(r"--- (?:plain|with δ) ---\n", result.out)
     problem = int(re.search(r"held-out problem (\d+)", result.err)[1])
-    assert problem != 1 and "chosen because SLOT changes its answer" in result.err
+    assert problem != 1 and "chosen because 5 steps at 0.1 change its answer" in result.err
     assert plain == run("--problem", problem).out != steered
     assert steered == run("--problem", problem, "--slot-steps", 5, "--slot-lr", 0.1).out
     assert len(losses(result)) == 6 and result.err.count("prefill") == 3
@@ -370,7 +378,9 @@ def test_tokens_a_second_are_those_of_the_answer(monkeypatch, capsys):
 
 @no_speed
 def test_several_cut_answers_say_so():
-    assert "; 2 answers cut at 7 new tokens" in run(APPLES, BOOKS, "--max-new-tokens", 7).err
+    cut, fitted = (run(APPLES, BOOKS, "--max-new-tokens", 7, *more).err for more in ([], ["--slot-lr", 0.1]))
+    assert "; 2 answers cut at 7 new tokens" in cut and "steps" not in cut
+    assert "batch     2 prompts, 3 steps at lr 0.1 each, 14 tokens in " in fitted
     assert "; 0 answers cut at" in run(APPLES, BOOKS).err
 
 

@@ -96,6 +96,8 @@ def test_a_sign_in_slot_changes_the_command(backwards):
     assert here.out != there.out and losses(here) != losses(there)
     fast = backwards.generate(*arguments, "--slot-fast")
     assert fast.out == here.out and losses(fast) == pytest.approx(losses(here), abs=2e-4)
+    edited = "note      slot.py's prompt_loss or optimize_delta has been edited: --slot-fast does not run it\n"
+    assert edited in fast.err and edited not in here.err + generate(*arguments, "--slot-fast").err
 
 
 def test_a_sign_in_slot_changes_several_prompts(backwards):

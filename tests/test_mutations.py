@@ -9,6 +9,7 @@ import os
 import pytest
 
 import forks
+import slot
 from mutations import MUTATIONS, ROOT
 
 pytestmark = pytest.mark.mutation
@@ -30,8 +31,16 @@ def test_the_batch_has_this_decode():
     """If this fails, slot.prefill, likeliest or decode was edited, and several prompts are answered one by one. Bring those of
     speed/batch.py up to date, if the meaning has changed, and TWIN."""
     batch = pytest.importorskip("speed.batch", reason="there is no speed/")
-    now = batch.digest()
+    now = batch.digest(slot.prefill, slot.likeliest, slot.decode)
     assert now == batch.TWIN, f"slot.py has other ones than speed/batch.py knows, {now}: see this test's text"
+
+
+def test_the_closed_form_has_this_loop():
+    """If this fails, slot.prompt_loss or optimize_delta was edited, and --slot-fast says so. Bring speed/delta.py up to date, if
+    the meaning has changed, and CLOSED_FORM in speed/batch.py."""
+    batch = pytest.importorskip("speed.batch", reason="there is no speed/")
+    now = batch.digest(slot.prompt_loss, slot.optimize_delta)
+    assert now == batch.CLOSED_FORM, f"slot.py has another loop than speed/batch.py knows, {now}: see this test's text"
 
 
 def test_descriptions_are_different():

@@ -217,6 +217,7 @@ def test_few_samples(count, tmp_path):
     rows = [row for row in rows_for_report() if row["sample"] < count]
     report.write(gsm8k_arguments(tmp_path), rows, [])
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert f"- {count} sample{'s' * (count > 1)} of a kind: intervals and tests of so few say little." in text and "nan" not in text
     assert f"k: {count} samples" in text and (" of 1 |" in text) == (count > 1)         # the rest of two or three is one
     if count > 1:
         report.write(arguments(tmp_path, "--control", "none", "--split", "tune,test"), [row for row in rows if row["setting"] in ("plain", "slot 5 0.1")], [])

@@ -42,7 +42,7 @@ def test_gsm8k_file(tmp_path, tokenizer):
     args.shots = 0
     fit, left_out = tokenized(args, [found[0]._replace(question="long " * 200), found[1]], tokenizer, 300)
     assert [p.question for p in fit] == [found[1].question] and left_out == 1
-    with pytest.raises(ValueError, match="no prompt of gsm8k is left that fits in 5 tokens"):
+    with pytest.raises(ValueError, match="no prompt of gsm8k fits in 5 tokens"):
         tokenized(args, found, tokenizer, 5)
 
 
@@ -51,7 +51,7 @@ def test_the_first_problems_can_be_left_out(tmp_path, tokenizer):
     asked, _ = tokenized(args, found, tokenizer, 10_000)
     assert [p.question for p in asked] == [p["question"] for p in GSM8K[2:5]]
     args, found = problems(tmp_path, "gsm8k", GSM8K, "--skip", "6")
-    with pytest.raises(ValueError, match="no prompt of gsm8k is left.*--skip"):
+    with pytest.raises(ValueError, match="no problem of gsm8k is left.*--skip"):
         tokenized(args, found, tokenizer, 10_000)
 
 
