@@ -275,4 +275,11 @@ TABLE = {
          "ids[:TOGETHER], new"),
         ("system text forgotten", 'messages.insert(0, {"role": "system", "content": system})', "pass"),
     ],
+    ("speed/batch.py", "tests/test_speed_batch.py -k edited_loop"): [
+        ("an edited loop that --slot-fast does not run is not said", "        if digest(*functions) == digest_then:\n            return True",
+         "        return True"),
+    ],
+    ("checks/options.py", f"{GENERATE} -k compare_has"): [
+        ("--compare with steps of one's own has another rate", "(0.1 if compares else 0.01)", "0.01"),
+    ],
 }

@@ -298,3 +298,11 @@ def test_half_precision(folder):
         list(slot.decode(lm, hidden, cache, 4, choose=lambda each: logits_of.append(each) or 5))
         for a, b in zip(together, logits_of):
             assert a.dtype == torch.float32 and (a - b).norm() < 0.03 * b.norm()
+
+
+def test_an_edited_loop_is_said_to_be_left_out(monkeypatch, capsys):
+    """speed/delta.py stands for slot.py's loop as it is; a reader's own is not what --slot-fast runs."""
+    assert speed_batch.closed_form_stands_for_slot() and capsys.readouterr().err == ""
+    monkeypatch.setattr(slot, "prompt_loss", lambda logits, targets: -torch.nn.functional.cross_entropy(logits, targets))
+    assert not speed_batch.closed_form_stands_for_slot()
+    assert "prompt_loss or optimize_delta has been edited: --slot-fast does not run it" in capsys.readouterr().err
