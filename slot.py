@@ -76,8 +76,8 @@ def optimize_delta(hidden, tokens, lm_head, steps, lr, loss=prompt_loss):
             optimizer.zero_grad()
 
     if not logits.isfinite().all():
-        raise ValueError(f"SLOT: W(h + δ) leaves {W.dtype}'s range at lr {lr:g}; a lower one or "
-                         "float32 may help")
+        raise ValueError(f"SLOT: W(h + δ) leaves {W.dtype}'s range at lr {lr:g}; take a lower one "
+                         "or a wider dtype")
     return delta.detach(), torch.stack(losses)
 
 

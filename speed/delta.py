@@ -55,8 +55,8 @@ def optimize_delta_fast(hidden, tokens, lm_head, steps, lr, memory=1 << 30):
             optimizer.step()
 
     if not b.isfinite().all():
-        raise ValueError(f"SLOT: W(h + δ) leaves {W.dtype}'s range at lr {lr:g}; a lower one or "
-                         "float32 may help")
+        raise ValueError(f"SLOT: W(h + δ) leaves {W.dtype}'s range at lr {lr:g}; take a lower one "
+                         "or a wider dtype")
     return delta, torch.stack(losses)
 
 

@@ -41,8 +41,8 @@ def optimize_delta_fast(hidden, tokens, head, steps, lr, memory=1 << 30):
             optimizer.step()
 
     if total((~b.isfinite()).sum()) > 0:                        # on whichever rank
-        raise ValueError(f"SLOT: W(h + δ) leaves {W.dtype}'s range at lr {lr:g}; a lower one or "
-                         "float32 may help")
+        raise ValueError(f"SLOT: W(h + δ) leaves {W.dtype}'s range at lr {lr:g}; take a lower one "
+                         "or a wider dtype")
     return delta, torch.stack(losses)
 
 

@@ -248,7 +248,7 @@ def test_large_logits_in_bfloat16(optimize):
 def test_delta_beyond_float16(steps, lr, scale, optimize):
     """δ itself, or W δ, is more than 65,504: an error, where it would be NaN in every logit."""
     hidden, tokens, head = random_case(12, 40, 16, scale)
-    with pytest.raises(ValueError, match=f"leaves torch.float16's range at lr {lr:g}; a lower one or"):
+    with pytest.raises(ValueError, match=f"leaves torch.float16's range at lr {lr:g}; take a lower one or"):
         optimize(hidden.half(), tokens, head.half(), steps, lr)
 
 
