@@ -190,6 +190,7 @@ TABLE = {
         ("packed where one row gains nothing", "factors(matrices, 1)) is onednn", "factors(matrices, 1)) and True"),
         ("what is packed is compared with itself", "onednn(x, W.detach(), b)", "onednn(x, W, b)"),
         ("packed without room for a second copy", "2 * size < free_memory", "1 * size < free_memory"),
+        ("a way that cannot win any more is timed to the end", "if look == 2 and least", "if False and least"),
         ("one matrix is timed, which the cache holds", "next(turns), None)", "matrices[0], None)"),
         ("bias dropped where one row is a vector", "y = torch.mv(W, x[0])[None]\n    return y if b is None else y + b",
          "y = torch.mv(W, x[0])[None]\n    return y"),
