@@ -59,7 +59,7 @@ def regular_file(path):
         status = os.stat(path)
     except FileNotFoundError:
         what = "a link to a file that does not exist" if path.is_symlink() else "no such file"
-        refuse(path, what, "download it, or correct the name", FileNotFoundError)
+        refuse(path, what, "correct the name, or put the file there", FileNotFoundError)
     except (OSError, ValueError) as error:      # a loop of links, no permission, NUL in the name
         why = getattr(error, "strerror", None) or error
         refuse(path, f"cannot be opened ({why})", "put a readable file there")
