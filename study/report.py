@@ -105,8 +105,9 @@ def findings(tables, args, corrected):
         text.append(f"{least} sample{'s' * (least > 1)} of a kind: intervals and tests of so few "
                     "say little.")
     if corrected:
-        text.append(f"Accuracy: {len(tests)} hypotheses ({len(args.points)} settings, "
-                    f"{len(tables)} kind{'s' * (len(tables) > 1)}). After Holm's correction it "
+        settings, kinds = len(args.points), len(tables)
+        text.append(f"Accuracy: {len(tests)} hypotheses ({settings} setting{'s' * (settings > 1)}, "
+                    f"{kinds} kind{'s' * (kinds > 1)}). After Holm's correction it "
                     f"rose in {len(rose)} and fell in {len(moved) - len(rose)}.")
     text.append(f"Loss on the held-out answer: its 95 % interval lies below 0 in {len(lower)} of "
                 f"{len(tests)} and above 0 in {higher} (not corrected: {0.05 * len(tests):.1f} "
