@@ -41,7 +41,7 @@ def test_summary_of_known_results(tmp_path):
     assert "| 21 / 1 |" in line and f"{sign_test(21, 1):.0e}" in line
     assert "| **-0.2000 [-0.20" in line and "]** w |" in line               # the loss of the wrong prompt is as low
     assert line.endswith("| 75.0 | 10.0 | 72.5 | 3 | 50.0 | 76.7 |")        # format; tokens; paper's rule, differs on three; flexible; 23 of 30 in the format
-    assert "1 hypotheses (1 settings, 1 kind). After Holm's correction it rose in 1 and fell in 0." in text
+    assert "1 hypothesis (1 setting, 1 kind). After Holm's correction it rose in 1 and fell in 0." in text
     assert "These 2 gains stand in bold. A control reaches 2 of them" in text and "A note." in text
     assert "| lr 0.1, 5 steps | 0.6000 | 0.2000 | 0.3000 | 50.0 |" in text  # 0.2 s of δ beside 0.1 + 0.3 s
     report.write(args, rows_for_report()[::-1], ["A note."])
