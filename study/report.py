@@ -106,9 +106,10 @@ def findings(tables, args, corrected):
                     "say little.")
     if corrected:
         settings, kinds = len(args.points), len(tables)
-        text.append(f"Accuracy: {len(tests)} hypothes{'es' if len(tests) > 1 else 'is'} ({settings} "
-                    f"setting{'s' * (settings > 1)}, {kinds} kind{'s' * (kinds > 1)}). After Holm's "
-                    f"correction it rose in {len(rose)} and fell in {len(moved) - len(rose)}.")
+        text.append(f"Accuracy: {len(tests)} hypothes{'es' if len(tests) > 1 else 'is'} "
+                    f"({settings} setting{'s' * (settings > 1)}, {kinds} kind{'s' * (kinds > 1)}). "
+                    f"After Holm's correction it rose in {len(rose)} and fell in "
+                    f"{len(moved) - len(rose)}.")
     text.append(f"Loss on the held-out answer: its 95 % interval lies below 0 in {len(lower)} of "
                 f"{len(tests)} and above 0 in {higher} (not corrected: {0.05 * len(tests):.1f} "
                 "would stray from 0 by luck).")
