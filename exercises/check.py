@@ -363,8 +363,11 @@ def not_allowed(exercise, file):
     while ahead:
         parts = list(ast.walk(functions.pop(ahead.pop())))
         asked |= {getattr(part, "attr", None) for part in parts}                    # torch.cat
-        named |= {getattr(part, "id", None) for part in parts}                      # cat
-        ahead = named & functions.keys()
+        names = {getattr(part, "id", None) for part in parts}                       # cat
+        local = {part.id for part in parts if isinstance(getattr(part, "ctx", None), ast.Store)
+                 and isinstance(part, ast.Name)}
+        named |= names
+        ahead = (ahead | names - local) & functions.keys()
     asked.update(*(brought[name] for name in named & brought.keys()))
     used = (asked | named - (own - brought.keys())) & set(exercise.forbidden)
     if used:

@@ -503,6 +503,15 @@ def test_what_is_forbidden_is_found_where_it_hides(number, before, old, new, tmp
 
 
 @needs_solutions
+def test_a_variable_is_no_helper_of_that_name(tmp_path):
+    """A helper for exercise 10 may use autograd; a variable of exercise 11 that has its name does not call it."""
+    helper = "def step(loss):\n    loss.backward()\n"
+    edit = "p = z.softmax(-1).mean(0) ", "step = z.softmax(-1); p = step.mean(0) "
+    assert solved(tmp_path, 11, edit, before=helper).status == "passed"
+    assert solved(tmp_path, 11, (edit[0], "step; " + edit[0]), before=helper).status == "not allowed"
+
+
+@needs_solutions
 def test_exponentials_count_where_they_are_made(tmp_path):
     """Two or three before the loop are no matter; one in every step is, in whatever words."""
     once = "E = (z - top).exp()"
