@@ -218,29 +218,21 @@ def say_where_they_part(tokenizer, plain, steered):
     say(f"compare   they part at new token {at + 1}: plain {words[0]}, with δ {words[1]}")
 
 
-def parts(limits):
-    """Slices of at most TOGETHER prompts, whose answers may have equally many tokens."""
-    begin = 0
-    for end in range(1, len(limits) + 1):
-        if end == len(limits) or end - begin == TOGETHER or limits[end] != limits[begin]:
-            yield slice(begin, end)
-            begin = end
-
-
 def answer_together(args, lm, tokenizer, ids, limits, fit, draws):
-    """Yields the answers, texts, in order; several prompts, lists of ids, go in one batch."""
+    """Yields the answers, texts, in order; TOGETHER prompts, lists of ids, go in one batch."""
     steps = args.slot_steps or int(args.delta is not None)      # with a kept δ: any but 0
-    for part in parts(limits):
-        began, new = time.perf_counter(), limits[part.start]
+    for place in range(0, len(ids), TOGETHER):
+        began, part = time.perf_counter(), slice(place, place + TOGETHER)
         choose = likeliest if args.temperature == 0 else [draw() for draw in draws[part]]
-        columns = speed.batch.generate_batch(lm, ids[part], new, steps, args.slot_lr, choose,
-                                             tokenizer.eos_ids, fit)
+        columns = speed.batch.generate_batch(lm, ids[part], limits[part], steps, args.slot_lr,
+                                             choose, tokenizer.eos_ids, fit)
         answers = speed.batch.collected(columns, len(ids[part]))
         count, seconds = sum(map(len, answers)), time.perf_counter() - began
-        cut = sum(len(got) == new for got in answers)
+        cut = sum(len(got) == limit for got, limit in zip(answers, limits[part]))
+        most = " to ".join(map(str, sorted({min(limits[part]), max(limits[part])})))
         fitted = f", {args.slot_steps} steps at lr {args.slot_lr:g} each" if args.slot_steps else ""
         say(f"batch     {len(answers)} prompts{fitted}, {count} tokens in {seconds:.2f} s; "
-            f"{cut} answers cut at {new} new tokens")
+            f"{cut} answers cut at {most} new tokens")
         yield from (tokenizer.decode(got, skip_special=True) for got in answers)
 
 

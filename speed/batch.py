@@ -53,18 +53,24 @@ def unedited(digest_then, what_if_not, *functions):
     return False
 
 
+def limits_of(max_new_tokens, count):
+    """One number for all prompts, or already a list of one for each -> that list."""
+    return max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * count
+
+
 @torch.no_grad()
 def prefill(lm, prompts, max_new_tokens):
     """prompts: B lists of ids -> their hidden states, a list of (1, T, d), and one cache for all,
-    with room for max_new_tokens. ValueError as from slot.prefill."""
+    with room for max_new_tokens, a number or B of them. ValueError as from slot.prefill."""
     W, longest = lm.lm_head.weight, max(map(len, prompts))
-    cache = KVCache(lm.config, len(prompts), longest + max_new_tokens, W.device, W.dtype)
+    limits = limits_of(max_new_tokens, len(prompts))
+    cache = KVCache(lm.config, len(prompts), longest + max(limits), W.device, W.dtype)
     cache.pos = longest
     if min(map(len, prompts)) < longest:
         cache.mask = torch.ones(len(prompts), cache.max_len, dtype=torch.bool, device=W.device)
     hiddens = []
     for row, tokens in enumerate(prompts):
-        hidden, alone = slot.prefill(lm, tokens, max_new_tokens)
+        hidden, alone = slot.prefill(lm, tokens, limits[row])
         begin = longest - len(tokens)
         cache.k[:, row, :, begin:longest] = alone.k[:, 0, :, :len(tokens)]
         cache.v[:, row, :, begin:longest] = alone.v[:, 0, :, :len(tokens)]
@@ -79,6 +85,7 @@ def decode(lm, hiddens, cache, max_new_tokens, deltas=None, choose=slot.likelies
     """Answer B prefilled prompts: yields, a token at a time, a list with an id for each prompt, or
     None once its answer has ended. As in slot.decode the end id is not yielded.
 
+    max_new_tokens: of every answer, or B of them: an answer that has its own many ends there.
     deltas: B tensors of d numbers, or None, the plain model. choose: a function from logits (V,) to
     an id, or a list of them, one for each prompt.
     """
@@ -87,8 +94,9 @@ def decode(lm, hiddens, cache, max_new_tokens, deltas=None, choose=slot.likelies
     if deltas is not None:
         deltas = torch.stack([delta.reshape(1, -1) for delta in deltas])        # (B, 1, d)
         W_delta = lm.lm_head(deltas.to(W.dtype)).float()                        # (B, 1, V)
+    limits = limits_of(max_new_tokens, B)
     rows = list(range(B))                           # the prompts that are still being answered
-    for count in range(max_new_tokens):
+    for count in range(max(limits)):
         if count > 0:
             new = torch.tensor([[ids[row]] for row in rows], device=W.device)
             hidden = lm.model(new, cache)                                       # (rows, 1, d)
@@ -101,7 +109,7 @@ def decode(lm, hiddens, cache, max_new_tokens, deltas=None, choose=slot.likelies
         # choose, and let the prompts go whose answer ends here
         ids = [None] * B
         for row, id in zip(rows, chosen(logits[:, 0], rows, choose)):
-            if id not in eos_ids:
+            if id not in eos_ids and count < limits[row]:
                 ids[row] = id
         alive = [place for place, row in enumerate(rows) if ids[row] is not None]
         if not alive:

@@ -355,12 +355,6 @@ def test_a_long_prompt_cuts_no_other_answer(tmp_path):
     assert answers(run("--model", short, *given)) == alone
 
 
-@pytest.mark.parametrize("limits, expected", [
-    ([5] * 70, [(0, 32), (32, 64), (64, 70)]), ([5, 5, 6, 5], [(0, 2), (2, 3), (3, 4)]), ([9], [(0, 1)])])
-def test_what_goes_in_one_batch(limits, expected):
-    assert [(part.start, part.stop) for part in command_file.parts(limits)] == expected
-
-
 def test_tokens_a_second_are_those_of_the_answer(monkeypatch, capsys):
     """The pass that finds the end is none of them: a pass a second makes one token a second."""
     now = [0.0]

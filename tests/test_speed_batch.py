@@ -269,6 +269,14 @@ def test_more_positions_than_the_model_knows():
     assert len(list(generate_batch(lm, [[5] * 3, [5] * 200], 56))) == 56
 
 
+def test_a_limit_for_each_prompt():
+    """Each answer is what it is alone with that many tokens, in one batch, whichever ends first."""
+    lm, batch, limits = load(GOLDEN / "qwen2"), [[5] * 3, [7, 8, 9, 5] * 50, [6] * 9], [9, 56, 1]
+    alone = [answers_of(generate_batch(lm, [tokens], limit, 3, 0.1))[0] for tokens, limit in zip(batch, limits)]
+    assert [len(ids) for ids in alone] == limits
+    assert answers_of(generate_batch(lm, batch, limits, 3, 0.1)) == alone
+
+
 def test_logits_that_are_no_numbers():
     lm = load_model(GOLDEN / "qwen2", dtype="float32")
     lm.lm_head.weight.data[3, 4] = float("nan")
