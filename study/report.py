@@ -8,8 +8,6 @@ control, a sign test's p as it is, without Holm's correction).
 
 The section "Time" stands last, because it alone differs between two runs.
 """
-import math
-
 import numpy as np
 
 from checks.files import whole_file
@@ -130,7 +128,7 @@ def percent(x):
 
 
 def interval(figures):
-    known = not any(map(math.isnan, figures))
+    known = all(x == x for x in figures)
     return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*figures) if known else "–"
 
 

@@ -56,7 +56,8 @@ def main(args):
     batches = batches_of(study)[replica::replicas]
     own = {sample for batch in batches for sample in batch}
     there = sum(row["sample"] in own for row in results.rows.values())
-    torch.optim.AdamW([torch.zeros(1)])     # the first imports 800 modules: not SLOT's time
+    if args.points:
+        torch.optim.AdamW([torch.zeros(1)])     # the first imports 800 modules: not SLOT's time
     progress = Progress(there, len(names), len(own), quiet=replica > 0)
     line = f"study     {args.task}: {len(kinds)} samples, {len(names)} settings, {loop}"
     if replicas > 1:

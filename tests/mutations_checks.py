@@ -121,7 +121,7 @@ TABLE = {
         ("an empty refs/main leads to snapshots/", 'if re.fullmatch("[0-9a-f]{6,64}", commit) and', "if"),
     ],
     ("checks/hub.py", f"{HUB} -k fetched"): [
-        ("a tokenizer's files are taken for a model", "commit) and whole:", 'commit) and os.path.exists(snapshot / "config.json"):'),
+        ("a tokenizer's files are taken for a model", "commit) and whole(snapshot):", 'commit) and os.path.exists(snapshot / "config.json"):'),
     ],
     ("checks/command.py", f"{COMMAND} -k ignored"): [
         ("ignored signals are answered", "if signal.getsignal(number) != signal.SIG_IGN:", "if True:"),

@@ -102,6 +102,14 @@ def test_what_the_library_fetches(cache, monkeypatch):
     assert asked == {"allow_patterns": ["*.safetensors", "*.json", "*.jinja"], "cache_dir": cache}
 
 
+def test_a_snapshot_of_pickles_is_refused_for_them(cache):
+    snapshot = repository(cache) / "snapshots" / COMMIT
+    (snapshot / "model.safetensors").rename(snapshot / "pytorch_model.bin")
+    assert find_in_hub(NAME) == snapshot
+    result = command()(["--model", NAME, PROMPT], HF_HUB_CACHE=str(cache))
+    assert result.status == 1 and "a pickle" in result.err
+
+
 @pytest.mark.parametrize("gone", ["model.safetensors", "config.json"])
 def test_a_snapshot_without_weights_is_fetched_again(gone, cache, monkeypatch):
     """A program that wanted the tokenizer alone left it so."""
